@@ -1,0 +1,48 @@
+"""cutlass_fa: FlashAttention kernels generated from templates on CUTLASS, compiled by NVRTC at first use, cached and launched.
+
+    import cutlass_fa
+    out = cutlass_fa.flash_attn_func(q, k, v, causal=True)   # CuPy or PyTorch arrays, (batch, seqlen, heads, head_dim)
+
+Importing this package needs neither CuPy nor a GPU.
+"""
+
+from __future__ import annotations
+
+from .api import flash_attn_func
+from .dispatch import DISPATCH_TABLE, DispatchKey
+from .errors import FlashAttnError
+from .requests import (
+    Causal,
+    Fa3FwdRequest,
+    Full,
+    Grid,
+    MaskKind,
+    Persistent,
+    PersistentMode,
+    PositionBias,
+    SlidingCausal,
+    SlidingFull,
+    Window,
+)
+from .settings import no_compile
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DISPATCH_TABLE",
+    "Causal",
+    "DispatchKey",
+    "Fa3FwdRequest",
+    "FlashAttnError",
+    "Full",
+    "Grid",
+    "MaskKind",
+    "Persistent",
+    "PersistentMode",
+    "PositionBias",
+    "SlidingCausal",
+    "SlidingFull",
+    "Window",
+    "flash_attn_func",
+    "no_compile",
+]

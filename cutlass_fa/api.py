@@ -1,0 +1,158 @@
+"""The public functions."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from . import kernels
+from .arrays import ArrayLibrary, library_of, not_on_gpu
+from .device import check_current_device, device_info
+from .errors import InvalidArgument
+from .launch import LaunchPlan
+from .problem import Problem, check_pointers
+from .requests import PersistentMode, PositionBias, Window
+
+BACKENDS = ("cuda", "reference")
+
+
+def flash_attn_func(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    sink_tokens: int = 0,
+    alibi_slopes: Any = None,
+    out: Any = None,
+    return_lse: bool = False,
+    persistent: PersistentMode = PersistentMode(),
+    backend: str = "cuda",
+) -> Any:
+    """softmax(q k^T * softmax_scale) v, exactly, without the score matrix in memory (FlashAttention: Dao et al. 2022, Shah et al. 2024).
+
+    q: (batch, seqlen_q, num_heads_q, head_dim), float16 or bfloat16, CuPy or PyTorch, on the GPU. Any strides that are multiples of
+        16 bytes with a contiguous last dimension, so (batch, heads, seqlen, head_dim) memory is passed as a transposed view.
+    k, v: (batch, seqlen_k, num_heads_kv, head_dim), same dtype; num_heads_q a multiple of num_heads_kv (GQA, MQA).
+    head_dim: a multiple of 8 up to 256.
+    softmax_scale: default 1 / sqrt(head_dim).
+    causal: key j is visible to query i when j <= i + seqlen_k - seqlen_q (bottom-right aligned).
+    window_size: (left, right) keys around the query's position, -1 unbounded.
+    sink_tokens: the first keys that stay visible under a window (StreamingLLM: Xiao et al. 2023).
+    alibi_slopes: float32 (num_heads_q,) or (batch, num_heads_q); bias -slope * |position - j|.
+    out: where to write the result, shape and dtype of q; default: a fresh contiguous array.
+    return_lse: also return log-sum-exp, float32 (batch, num_heads_q, seqlen_q), natural logarithm.
+    persistent: Grid() (default) or Persistent(num_sms).
+    backend: "cuda", or "reference": NumPy arrays, computed in float64 on the CPU and rounded to q's dtype.
+
+    Returns out, or (out, lse). A query that sees no key gets out 0 and lse -inf. Runs asynchronously on the caller's current stream and
+    device; after a first call on a shape it may be captured in a CUDA graph.
+    Raises InvalidArgument, UnsupportedDtype, UnsupportedHeadDim, InvalidGqaRatio, EmptyBatch, ZeroSeqlen, SeqlenOverflow, SinkWithoutMask
+    for bad input, UnsupportedCell for a combination without a kernel, MockMode where there is no GPU, CompileError, CompileDisabled.
+    """
+    options = _Options(softmax_scale, causal, window_size, sink_tokens, alibi_slopes is not None, persistent)
+    if backend == "reference":
+        return _reference(q, k, v, out, return_lse, options, alibi_slopes)
+    if backend != "cuda":
+        raise InvalidArgument(f"backend={backend!r}: accepted are {', '.join(BACKENDS)}")
+    library = library_of(type(q))
+    plan = _plan(library, q, k, v, out, options)
+    request, device = plan.problem.request, plan.problem.q.device
+    if out is None:
+        out = library.empty(plan.problem.out.shape, request.dtype, device)
+    lse = library.empty((request.batch, request.num_heads_q, request.seqlen_q), "f32", device) if return_lse else None
+    pointer = library.pointer
+    pointers = {"q": pointer(q), "k": pointer(k), "v": pointer(v), "out": pointer(out)}
+    check_pointers(**pointers)
+    plan.run(*pointers.values(), pointer(lse) if return_lse else 0, library.current_stream(device))
+    return (out, lse) if return_lse else out
+
+
+class _Options(NamedTuple):
+    """The arguments of a call that are not arrays; hashable."""
+
+    softmax_scale: float | None
+    causal: bool
+    window_size: tuple[int, int]
+    sink_tokens: int
+    has_alibi: bool
+    persistent: PersistentMode
+
+
+_plans: dict[tuple[Any, ...], LaunchPlan] = {}
+_MAX_PLANS = 4096
+
+
+def _plan(library: ArrayLibrary, q: Any, k: Any, v: Any, out: Any, options: _Options) -> LaunchPlan:
+    """The launch plan of a call, made at the first call of its kind and found by shapes, strides, dtypes and options afterwards."""
+    for name, array in (("k", k), ("v", v), ("out", out)):
+        if type(array) is not type(q) and array is not None and library_of(type(array)) is not library:
+            raise InvalidArgument(f"{name} is a {library_of(type(array)).name} array and q a {library.name} one: bring all from one library")
+    signature = library.signature
+    kind = (library, signature(q), signature(k), signature(v), None if out is None else signature(out), options)
+    plan = _plans.get(kind)
+    if plan is None:
+        plan = _make_plan(library, q, k, v, out, options)
+        if len(_plans) >= _MAX_PLANS:
+            _plans.clear()
+        _plans[kind] = plan
+    return plan
+
+
+def _make_plan(library: ArrayLibrary, q: Any, k: Any, v: Any, out: Any, options: _Options) -> LaunchPlan:
+    spec = library.spec
+    device = spec(q).device
+    # Shapes are checked for CPU arrays too, as for a Hopper GPU, before their place in memory is refused.
+    problem = Problem.from_specs(
+        spec(q),
+        spec(k),
+        spec(v),
+        None if out is None else spec(out),
+        arch=device_info(device).arch if device >= 0 else "sm_90a",
+        mask=Window(*options.window_size, causal=options.causal),
+        sink_tokens=options.sink_tokens,
+        position_bias=PositionBias(options.has_alibi),
+        softmax_scale=options.softmax_scale,
+        persistent=options.persistent,
+    )
+    if device < 0:
+        raise not_on_gpu(library)
+    check_current_device(device)
+    return LaunchPlan(problem, kernels.get(problem.request.dispatch_key()))
+
+
+def _reference(q: Any, k: Any, v: Any, out: Any, return_lse: bool, options: _Options, alibi_slopes: Any) -> Any:
+    """The same call on NumPy arrays, in float64, rounded to q's dtype (lse to float32)."""
+    from .reference import attention_forward
+
+    library = library_of(type(q))
+    if library.name != "NumPy":
+        raise InvalidArgument(f"backend='reference' takes numpy.ndarray, and q is a {library.name} array; convert with cupy.asnumpy or .cpu()")
+    spec = library.spec
+    Problem.from_specs(
+        spec(q),
+        spec(k),
+        spec(v),
+        None if out is None else spec(out),
+        arch="sm_90a",
+        mask=Window(*options.window_size, causal=options.causal),
+        sink_tokens=options.sink_tokens,
+        position_bias=PositionBias(options.has_alibi),
+        softmax_scale=options.softmax_scale,
+    )
+    result, lse = attention_forward(
+        q,
+        k,
+        v,
+        softmax_scale=options.softmax_scale,
+        causal=options.causal,
+        window_size=options.window_size,
+        sink_tokens=options.sink_tokens,
+        alibi_slopes=alibi_slopes,
+    )
+    if out is None:
+        out = result.astype(q.dtype)
+    else:
+        out[...] = result.astype(q.dtype)
+    return (out, lse.astype("float32")) if return_lse else out

@@ -1,0 +1,1 @@
+"""Tile tables and limits of each architecture, as data."""

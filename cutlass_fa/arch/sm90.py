@@ -1,0 +1,55 @@
+"""Hopper (sm_90a): limits and the tile table of the fa3 forward.
+
+Tiles start from FlashAttention-3's table; a row that a measurement changed says where.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MAX_SMEM_BYTES = 232448  # dynamic shared memory one CTA may ask for (227 KiB)
+REGISTERS_PER_SM = 65536
+
+
+@dataclass(frozen=True)
+class Fa3FwdTile:
+    """One row: tile_m query rows x tile_n keys, `stages` key blocks in flight, registers per thread of each role.
+
+    swizzle_bytes is the width of a shared-memory chunk: 128 unless head_dim is not a multiple of 64.
+    pingpong: consumer warpgroups take turns issuing their matrix products.
+    """
+
+    tile_m: int
+    tile_n: int
+    producer_registers: int
+    consumer_registers: int
+    stages: int = 2
+    swizzle_bytes: int = 128
+    pingpong: bool = True
+
+
+def _two(tile_n: int, **options: int | bool) -> Fa3FwdTile:
+    """Two consumer warpgroups: 128 query rows, P kept in registers beside S and O."""
+    return Fa3FwdTile(128, tile_n, producer_registers=24, consumer_registers=240, **options)  # type: ignore[arg-type]
+
+
+def _three(tile_n: int, **options: int | bool) -> Fa3FwdTile:
+    """Three consumer warpgroups: 192 query rows, each thread with fewer registers."""
+    return Fa3FwdTile(192, tile_n, producer_registers=32, consumer_registers=160, **options)  # type: ignore[arg-type]
+
+
+# (head_dim, causal) -> tile
+FA3_FWD_TILES: dict[tuple[int, bool], Fa3FwdTile] = {
+    (64, False): _three(128),
+    (64, True): _three(128),
+    (80, False): _two(192, swizzle_bytes=64),
+    (80, True): _two(128, swizzle_bytes=64),
+    (96, False): _two(192, swizzle_bytes=64),
+    (96, True): _two(128, swizzle_bytes=64),
+    (128, False): _two(176),
+    (128, True): _two(128),
+    (192, False): _two(112, pingpong=False),
+    (192, True): _two(112, pingpong=False),
+    (256, False): _two(80, pingpong=False),
+    (256, True): _two(80, pingpong=False),
+}

@@ -1,0 +1,163 @@
+"""Arrays of the libraries users bring: CuPy and PyTorch, each used only when the caller already has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
+
+from .device import gpu_problem
+from .errors import InvalidArgument, MockMode
+
+# Names that NumPy, CuPy, ml_dtypes and PyTorch give the element types that a kernel may know.
+_DTYPE_NAMES = {
+    "float16": "f16",
+    "bfloat16": "bf16",
+    "float8_e4m3fn": "e4m3",
+    "float8_e5m2": "e5m2",
+}
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """What an array looks like, without its address: shape, strides in elements, dtype ("bf16", or the library's name for what no
+    kernel knows), CUDA device index (-1: CPU memory)."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: str
+    device: int
+
+
+class ArrayLibrary(Protocol):
+    """What the launcher needs of an array library."""
+
+    name: str
+
+    def signature(self, x: Any) -> tuple[Any, ...]:
+        """A cheap hashable that determines `spec(x)`."""
+
+    def spec(self, x: Any) -> ArraySpec: ...
+
+    def pointer(self, x: Any) -> int: ...
+
+    def empty(self, shape: tuple[int, ...], dtype: str, device: int) -> Any: ...
+
+    def current_stream(self, device: int) -> int: ...
+
+
+class CupyArrays:
+    """cupy.ndarray."""
+
+    name = "CuPy"
+
+    def __init__(self) -> None:
+        import cupy
+        import ml_dtypes
+        import numpy as np
+
+        self._ndarray = cupy.ndarray
+        self._current_stream = cupy.cuda.get_current_stream
+        self._dtypes = {"f16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16), "f32": np.dtype(np.float32)}
+
+    def signature(self, x: Any) -> tuple[Any, ...]:
+        return x.shape, x.strides, x.dtype, x.data.device_id
+
+    def spec(self, x: Any) -> ArraySpec:
+        strides = tuple(stride // x.itemsize if stride % x.itemsize == 0 else -1 for stride in x.strides)
+        return ArraySpec(tuple(x.shape), strides, _DTYPE_NAMES.get(x.dtype.name, x.dtype.name), x.data.device_id)
+
+    def pointer(self, x: Any) -> int:
+        return x.data.ptr
+
+    def empty(self, shape: tuple[int, ...], dtype: str, device: int) -> Any:
+        return self._ndarray(shape, self._dtypes[dtype])
+
+    def current_stream(self, device: int) -> int:
+        return self._current_stream().ptr
+
+
+class TorchArrays:
+    """torch.Tensor on a CUDA device."""
+
+    name = "PyTorch"
+
+    def __init__(self) -> None:
+        import torch
+
+        self._empty = torch.empty
+        self._current_stream = torch.cuda.current_stream
+        self._dtypes = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
+
+    def signature(self, x: Any) -> tuple[Any, ...]:
+        return x.shape, x.stride(), x.dtype, x.get_device()
+
+    def spec(self, x: Any) -> ArraySpec:
+        name = str(x.dtype).removeprefix("torch.")
+        return ArraySpec(tuple(x.shape), tuple(x.stride()), _DTYPE_NAMES.get(name, name), x.get_device())
+
+    def pointer(self, x: Any) -> int:
+        return x.data_ptr()
+
+    def empty(self, shape: tuple[int, ...], dtype: str, device: int) -> Any:
+        return self._empty(shape, dtype=self._dtypes[dtype], device=f"cuda:{device}")
+
+    def current_stream(self, device: int) -> int:
+        return self._current_stream(device).cuda_stream
+
+
+class NumpyArrays:
+    """numpy.ndarray: CPU memory, described so that its shape is checked like any other's, and never launched on."""
+
+    name = "NumPy"
+
+    def signature(self, x: Any) -> tuple[Any, ...]:
+        return x.shape, x.strides, x.dtype, -1
+
+    def spec(self, x: Any) -> ArraySpec:
+        strides = tuple(stride // x.itemsize for stride in x.strides)
+        return ArraySpec(x.shape, strides, _DTYPE_NAMES.get(x.dtype.name, x.dtype.name), -1)
+
+    def pointer(self, x: Any) -> int:
+        raise not_on_gpu(self)
+
+    def empty(self, shape: tuple[int, ...], dtype: str, device: int) -> Any:
+        raise not_on_gpu(self)
+
+    def current_stream(self, device: int) -> int:
+        raise not_on_gpu(self)
+
+
+_ACCEPTED = {("cupy", "ndarray"): CupyArrays, ("torch", "Tensor"): TorchArrays, ("torch", "Parameter"): TorchArrays, ("numpy", "ndarray"): NumpyArrays}
+
+
+@lru_cache(maxsize=64)
+def library_of(array_type: type) -> ArrayLibrary:
+    """The library an array type belongs to. Raises InvalidArgument for a type of no known library."""
+    for base in array_type.__mro__:
+        library = _ACCEPTED.get((base.__module__.partition(".")[0], base.__name__))
+        if library is not None:
+            return _instance(library)
+    raise InvalidArgument(
+        f"arrays of type {array_type.__module__}.{array_type.__qualname__}: accepted are cupy.ndarray and torch.Tensor on a CUDA device "
+        "(others convert without a copy through cupy.from_dlpack), or numpy.ndarray with backend='reference'"
+    )
+
+
+@lru_cache(maxsize=8)
+def _instance(library: type) -> Any:
+    return library()
+
+
+def not_on_gpu(library: ArrayLibrary) -> MockMode | InvalidArgument:
+    """The refusal of arrays in CPU memory, which on a machine without a GPU is that machine's refusal."""
+    problem = gpu_problem()
+    if problem is not None:
+        return MockMode(
+            f"no kernel can be launched here: {problem}. What works on this machine: backend='reference' computes on NumPy arrays, "
+            "`cutlass-fa explain` and `cutlass-fa precompile` generate and compile kernels for any GPU"
+        )
+    return InvalidArgument(
+        f"q, k, v are {library.name} arrays in CPU memory: accepted are cupy.ndarray and torch.Tensor on a CUDA device; copy them with "
+        "cupy.asarray or .cuda(), or pass backend='reference' to compute NumPy arrays in float64"
+    )

@@ -1,0 +1,220 @@
+"""DispatchKey: what must be specialised, and nothing else; DISPATCH_TABLE: which keys have a kernel, and why the others have not.
+
+Presence is in the key (a window, ALiBi slopes, a page table); values (the window's size, the slopes, every length and scale) are runtime
+arguments, so no new value ever compiles anything.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+
+from .errors import UnknownKey, UnsupportedCell
+
+FAMILIES = ("fa2", "fa3")
+DIRECTIONS = ("fwd", "bwd")
+ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
+DTYPES = ("f16", "bf16", "e4m3", "e5m2")
+FP8_DTYPES = ("e4m3", "e5m2")
+CELL_HEAD_DIMS = (64, 80, 96, 128, 192, 256)
+
+# Presence flags in the order in which they stand in a key's name: (field, word in the name).
+FLAG_WORDS = (
+    ("causal", "causal"),
+    ("varlen", "varlen"),
+    ("sliding_window", "window"),
+    ("alibi", "alibi"),
+    ("sink", "sink"),
+    ("paged", "paged"),
+)
+
+
+@dataclass(frozen=True)
+class DispatchKey:
+    """The identity of one cell; hashable, printable, parseable (`DispatchKey.parse(str(key)) == key`).
+
+    family: "fa2" (mma.sync + cp.async, sm_80 and later) or "fa3" (TMA + WGMMA, sm_90a).
+    direction: "fwd" or "bwd".
+    arch: NVRTC's name of the target, e.g. "sm_90a".
+    dtype: element type of q and k: "f16", "bf16", "e4m3" or "e5m2".
+    head_dim: the cell's head_dim, one of 64, 80, 96, 128, 192, 256 (`cell_head_dim` rounds up).
+    causal, varlen, sliding_window, alibi, sink, paged: presence flags.
+    gqa_ratio: query heads packed into a tile's rows; 1 where heads are not packed (the ratio is then a runtime number).
+    v_dtype: element type of v; "" (the default) means that of q and k.
+    """
+
+    family: str
+    direction: str
+    arch: str
+    dtype: str
+    head_dim: int
+    causal: bool = False
+    varlen: bool = False
+    sliding_window: bool = False
+    alibi: bool = False
+    sink: bool = False
+    paged: bool = False
+    gqa_ratio: int = 1
+    v_dtype: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.v_dtype:
+            object.__setattr__(self, "v_dtype", self.dtype)
+        _check_choice("family", self.family, FAMILIES)
+        _check_choice("direction", self.direction, DIRECTIONS)
+        _check_choice("arch", self.arch, ARCHS)
+        _check_choice("dtype", self.dtype, DTYPES)
+        _check_choice("v_dtype", self.v_dtype, DTYPES)
+        if self.head_dim < 1 or self.gqa_ratio < 1:
+            raise UnknownKey(f"head_dim {self.head_dim} and gqa_ratio {self.gqa_ratio} must be positive")
+
+    def __str__(self) -> str:
+        """E.g. "fa3_fwd_sm90a_bf16_hdim128_causal"; every part that is at its default is left out."""
+        words = [self.family, self.direction, self.arch.replace("_", ""), self.dtype]
+        if self.v_dtype != self.dtype:
+            words.append(f"v{self.v_dtype}")
+        words.append(f"hdim{self.head_dim}")
+        words += [word for field, word in FLAG_WORDS if getattr(self, field)]
+        if self.gqa_ratio != 1:
+            words.append(f"gqa{self.gqa_ratio}")
+        return "_".join(words)
+
+    @classmethod
+    def parse(cls, name: str) -> DispatchKey:
+        """The key whose name this is. Raises UnknownKey, saying what a name looks like."""
+        match = _NAME.fullmatch(name)
+        if match is None:
+            raise UnknownKey(f"{name!r} is not a key's name; one looks like 'fa3_fwd_sm90a_bf16_hdim128_causal' ({_NAME_HELP})")
+        part = match.groupdict()
+        return cls(
+            family=part["family"],
+            direction=part["direction"],
+            arch="sm_" + part["arch"],
+            dtype=part["dtype"],
+            v_dtype=part["v_dtype"] or "",
+            head_dim=int(part["head_dim"]),
+            gqa_ratio=int(part["gqa_ratio"] or 1),
+            **{field: part[field] is not None for field, _ in FLAG_WORDS},
+        )
+
+
+_NAME_HELP = "family_direction_arch_dtype[_vDTYPE]_hdimN then any of " + ", ".join(word for _, word in FLAG_WORDS) + ", gqaN in this order"
+_NAME = re.compile(
+    rf"(?P<family>{'|'.join(FAMILIES)})_(?P<direction>{'|'.join(DIRECTIONS)})"
+    rf"_sm(?P<arch>{'|'.join(a.removeprefix('sm_') for a in ARCHS)})_(?P<dtype>{'|'.join(DTYPES)})"
+    rf"(?:_v(?P<v_dtype>{'|'.join(DTYPES)}))?_hdim(?P<head_dim>[1-9]\d*)"
+    + "".join(rf"(?P<{field}>_{word})?" for field, word in FLAG_WORDS)
+    + r"(?:_gqa(?P<gqa_ratio>[1-9]\d*))?"
+)
+
+
+def _check_choice(what: str, value: str, accepted: tuple[str, ...]) -> None:
+    if value not in accepted:
+        raise UnknownKey(f"{what} {value!r} is not one of {', '.join(accepted)}")
+
+
+def cell_head_dim(head_dim: int) -> int | None:
+    """The smallest cell that holds rows of `head_dim` elements, or None when none does (not a multiple of 8, or above 256)."""
+    if head_dim < 8 or head_dim % 8:
+        return None
+    return next((cell for cell in CELL_HEAD_DIMS if head_dim <= cell), None)
+
+
+class DispatchTable:
+    """Which keys have a kernel. `registered` are the golden cells: committed under generated/, reviewed as text and run by the tests."""
+
+    def __init__(self, registered: tuple[DispatchKey, ...]) -> None:
+        self._registered = registered
+        self._names = frozenset(registered)
+
+    def __iter__(self) -> Iterator[DispatchKey]:
+        return iter(self._registered)
+
+    def __len__(self) -> int:
+        return len(self._registered)
+
+    def lookup(self, key: DispatchKey) -> DispatchKey:
+        """`key` itself if a kernel can be generated for it. Raises UnsupportedCell with every reason if not."""
+        reasons = self.why_not(key)
+        if reasons:
+            raise UnsupportedCell(str(key), reasons)
+        return key
+
+    def strict_lookup(self, key: DispatchKey) -> DispatchKey:
+        """`key` itself if it is a registered (golden) cell. Raises UnknownKey if not, even where `lookup` would serve it."""
+        if key not in self._names:
+            raise UnknownKey(f"{key} is not a registered cell; registered: " + ", ".join(map(str, self._registered)))
+        return key
+
+    def why_not(self, key: DispatchKey) -> list[str]:
+        """Every reason why no kernel serves `key`; empty when one does."""
+        return _semantic_reasons(key) + _unbuilt_reasons(key)
+
+    def valid_keys(self) -> Iterator[DispatchKey]:
+        """Every key that `lookup` serves with gqa_ratio 1, in a fixed order."""
+        flags = [f.name for f in fields(DispatchKey) if f.type == "bool"]
+        for family, direction, arch, dtype, head_dim in _base_combinations():
+            for bits in range(1 << len(flags)):
+                key = replace(
+                    DispatchKey(family, direction, arch, dtype, head_dim),
+                    **{flag: bool(bits >> i & 1) for i, flag in enumerate(flags)},
+                )
+                if not self.why_not(key):
+                    yield key
+
+
+def _base_combinations() -> Iterator[tuple[str, str, str, str, int]]:
+    for family in FAMILIES:
+        for direction in DIRECTIONS:
+            for arch in ARCHS:
+                for dtype in DTYPES:
+                    for head_dim in CELL_HEAD_DIMS:
+                        yield family, direction, arch, dtype, head_dim
+
+
+def _semantic_reasons(key: DispatchKey) -> list[str]:
+    """Combinations that make no sense on any hardware, or that this family's hardware rules out."""
+    fp8 = key.dtype in FP8_DTYPES or key.v_dtype in FP8_DTYPES
+    checks = (
+        (key.head_dim not in CELL_HEAD_DIMS, f"head_dim {key.head_dim} is not a cell; cells are {', '.join(map(str, CELL_HEAD_DIMS))}"),
+        (key.family == "fa3" and key.arch != "sm_90a", f"family fa3 needs TMA and WGMMA of sm_90a, not {key.arch}; use family fa2"),
+        (fp8 and key.arch != "sm_90a", f"fp8 needs sm_90a, not {key.arch}"),
+        (fp8 and key.direction == "bwd", "there is no fp8 backward; use f16 or bf16"),
+        ((key.dtype in FP8_DTYPES) != (key.v_dtype in FP8_DTYPES), f"q/k {key.dtype} with v {key.v_dtype}: both 16-bit or both fp8"),
+        (not fp8 and key.v_dtype != key.dtype, f"q/k {key.dtype} with v {key.v_dtype}: 16-bit types must agree"),
+        (key.sink and not (key.causal or key.sliding_window), "sink tokens need a causal mask or a sliding window"),
+        (key.paged and key.direction == "bwd", "a paged cache has no backward"),
+    )
+    return [reason for refused, reason in checks if refused]
+
+
+def _unbuilt_reasons(key: DispatchKey) -> list[str]:
+    """What makes sense but has no template yet."""
+    checks = [(key.family == "fa2", "family fa2 is not built yet; only fa3 on sm_90a is")]
+    checks += [(key.family == "fa3" and key.direction == "bwd", "the fa3 backward is not built yet")]
+    checks += [(key.dtype in FP8_DTYPES, f"dtype {key.dtype} is not built yet; f16 and bf16 are")]
+    checks += [(getattr(key, field), f"{field} is not built yet in family {key.family}") for field, _ in FLAG_WORDS if field != "causal"]
+    checks += [(key.gqa_ratio != 1, "packing query heads into the tile (gqa_ratio > 1) is not built yet; gqa_ratio 1 serves every GQA ratio")]
+    return [reason for refused, reason in checks if refused]
+
+
+def _fa3_fwd(dtype: str, head_dim: int, causal: bool) -> DispatchKey:
+    return DispatchKey("fa3", "fwd", "sm_90a", dtype, head_dim, causal=causal)
+
+
+# The golden cells: one base cell per (family, direction) and one per flip; never the cross product.
+DISPATCH_TABLE = DispatchTable(
+    (
+        _fa3_fwd("bf16", 128, causal=False),
+        _fa3_fwd("bf16", 128, causal=True),
+        _fa3_fwd("f16", 128, causal=True),
+        _fa3_fwd("bf16", 64, causal=False),
+        _fa3_fwd("bf16", 64, causal=True),
+        _fa3_fwd("bf16", 80, causal=False),
+        _fa3_fwd("bf16", 96, causal=True),
+        _fa3_fwd("bf16", 192, causal=False),
+        _fa3_fwd("bf16", 256, causal=False),
+        _fa3_fwd("bf16", 256, causal=True),
+    )
+)

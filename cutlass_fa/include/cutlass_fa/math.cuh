@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Special functions at the hardware's accuracy, and conversions between float and 16-bit pairs.
+#pragma once
+
+#include <cutlass_fa/base.cuh>
+
+namespace cutlass_fa {
+
+constexpr float kLn2 = 0.6931471805599453f;
+
+CUTLASS_FA_DEVICE float negative_infinity() { return __int_as_float(0xff800000); }
+
+// 2^x by the special-function unit (2 ulp); denormal results flush to 0, 2^-inf = 0.
+CUTLASS_FA_DEVICE float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// log2(x) by the special-function unit; log2(0) = -inf.
+CUTLASS_FA_DEVICE float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Two floats rounded to nearest even; `low` goes to the lower 16 bits, which is the lower address.
+template <class Element>
+CUTLASS_FA_DEVICE uint32_t pack2(float low, float high) {
+  static_assert(is_same<Element, bfloat16> || is_same<Element, float16>, "pack2 makes bf16 or f16 pairs");
+  uint32_t pair;
+  if constexpr (is_same<Element, bfloat16>) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  }
+  return pair;
+}
+
+}  // namespace cutlass_fa

@@ -1,0 +1,251 @@
+"""Layout algebra of the generator: where a tile lies in shared memory, and which thread holds which element.
+
+Hopper kernels read shared memory through 64-bit matrix descriptors and keep operands in registers in an order
+that the hardware fixes. The generator computes both here, once, and prints them into the kernel as named
+constants, so that no C++ template has to compute them at each compile.
+
+Sources: PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions" (register fragments of wgmma m64nNk16,
+shared memory matrix layouts, strides, matrix descriptor format) and, for the swizzle, "Tensors: swizzling
+modes". CuTe's own layouts (GMMA::Layout_{K,MN}_SW{32,64,128}_Atom, make_gmma_desc, CLayout_64xN,
+ALayout_64x16), compiled on the host, are the check in tests/test_layouts.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+WARPGROUP_THREADS = 128
+WGMMA_M = 64
+WGMMA_K_BYTES = 32  # one wgmma reads 32 bytes of each row along K: 16 elements of 16 bits, 32 of 8
+WGMMA_K = 16  # for 16-bit elements
+WGMMA_MAX_N = 256
+
+_SWIZZLE_UNIT_BYTES = 16
+_SWIZZLE_ROWS = 8  # the swizzle repeats every 8 * swizzle_bytes bytes: 8 rows at a pitch of swizzle_bytes
+_TMA_MAX_BOX = 256  # elements along each dimension of a TMA box
+_ADDRESS_MASK = 0x3FFFF
+_LAYOUT_TYPES = {128: 1, 64: 2, 32: 3}
+
+
+def _check_index(name: str, value: int, stop: int) -> None:
+    if not 0 <= value < stop:
+        raise ValueError(f"{name} must be in [0, {stop}), not {value}")
+
+
+@dataclass(frozen=True)
+class MatrixDescriptor:
+    """The fields of a wgmma matrix descriptor that do not depend on where the matrix starts.
+
+    Attributes:
+        leading_byte_offset: multiple of 16, in [0, 2**18). K-major: ignored by the hardware (the layouts here
+            are swizzled). MN-major: bytes from one chunk of swizzle_bytes along M or N to the next.
+        stride_byte_offset: multiple of 16, in [0, 2**18). K-major: bytes from 8 rows of M or N to the next 8.
+            MN-major: bytes from 8 rows of K to the next 8.
+        swizzle_bytes: 32, 64 or 128.
+
+    The base offset field is zero, so the tile must start at a multiple of SwizzledTile.alignment.
+    Raises ValueError for a field that the format cannot hold.
+    Source: PTX ISA, wgmma, "Matrix descriptor format".
+    """
+
+    leading_byte_offset: int
+    stride_byte_offset: int
+    swizzle_bytes: int
+
+    def __post_init__(self) -> None:
+        if self.swizzle_bytes not in _LAYOUT_TYPES:
+            raise ValueError(f"swizzle_bytes must be 32, 64 or 128, not {self.swizzle_bytes}")
+        for name in ("leading_byte_offset", "stride_byte_offset"):
+            value = getattr(self, name)
+            if value % 16 or not 0 <= value <= _ADDRESS_MASK:
+                raise ValueError(f"{name} must be a multiple of 16 in [0, 2**18), not {value}")
+
+    @property
+    def bits(self) -> int:
+        """The 64-bit descriptor with a start address of zero."""
+        leading, stride = self.leading_byte_offset >> 4, self.stride_byte_offset >> 4
+        return leading << 16 | stride << 32 | _LAYOUT_TYPES[self.swizzle_bytes] << 62
+
+    def at(self, address: int) -> int:
+        """The 64-bit descriptor of a matrix that starts at shared-memory byte `address`, a multiple of 16."""
+        if address % 16 or address < 0:
+            raise ValueError(f"address must be a non-negative multiple of 16, not {address}")
+        return self.bits | (address & _ADDRESS_MASK) >> 4
+
+
+@dataclass(frozen=True)
+class SwizzledTile:
+    """A (rows, cols) tile of a row-major global matrix as swizzled TMA loads place it in shared memory.
+
+    The tile is cut along its columns into chunks of swizzle_bytes, one TMA box of (rows, chunk_cols) each,
+    written with CU_TENSOR_MAP_SWIZZLE_{32,64,128}B. Chunk c occupies chunk_bytes bytes at c * chunk_bytes;
+    its rows lie at a pitch of swizzle_bytes, and the 16-byte units of a row are permuted by XOR with bits of
+    the row.
+
+    Attributes:
+        rows: a multiple of 8 in [8, 256] (a TMA box holds at most 256 rows).
+        cols: positive; a row must be a multiple of 16 bytes. The last chunk may be partly used, as by
+            head_dim 80 in chunks of 32 columns; its box fills the rest with the next columns, zeros outside
+            the tensor.
+        swizzle_bytes: 32, 64 or 128.
+        element_bytes: 1, 2 or 4; default 2.
+
+    Raises ValueError for anything else.
+    """
+
+    rows: int
+    cols: int
+    swizzle_bytes: int
+    element_bytes: int = 2
+
+    def __post_init__(self) -> None:
+        if self.swizzle_bytes not in _LAYOUT_TYPES:
+            raise ValueError(f"swizzle_bytes must be 32, 64 or 128, not {self.swizzle_bytes}")
+        if self.element_bytes not in (1, 2, 4):
+            raise ValueError(f"element_bytes must be 1, 2 or 4, not {self.element_bytes}")
+        if self.rows % _SWIZZLE_ROWS or not 0 < self.rows <= _TMA_MAX_BOX:
+            raise ValueError(f"rows must be a multiple of 8 in [8, {_TMA_MAX_BOX}], not {self.rows}")
+        if self.cols <= 0 or self.cols * self.element_bytes % _SWIZZLE_UNIT_BYTES:
+            raise ValueError(f"cols must be positive and fill 16-byte units, not {self.cols}")
+
+    @property
+    def chunk_cols(self) -> int:
+        """Columns of one chunk, the width of a TMA box."""
+        return self.swizzle_bytes // self.element_bytes
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks, the number of TMA boxes."""
+        return -(-self.cols // self.chunk_cols)
+
+    @property
+    def padded_cols(self) -> int:
+        """Columns that have a place: cols rounded up to whole chunks."""
+        return self.num_chunks * self.chunk_cols
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of one chunk, and from one chunk to the next."""
+        return self.rows * self.swizzle_bytes
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the tile, a multiple of `alignment`, so that the stages of a pipeline can adjoin."""
+        return self.num_chunks * self.chunk_bytes
+
+    @property
+    def alignment(self) -> int:
+        """Bytes to which the tile must be aligned: one period of the swizzle, 1024, 512 or 256."""
+        return _SWIZZLE_ROWS * self.swizzle_bytes
+
+    def byte_offset(self, row: int, col: int) -> int:
+        """Byte offset of element (row, col) from the start of the tile; col may reach into the padding.
+
+        Address bits 4 and up (the 16-byte unit of a row) are XORed with bits 7 and up (the row, or the row
+        divided by 4 or 2 where the pitch is 32 or 64 bytes): 1, 2 or 3 bits for 32, 64 or 128 bytes. A chunk
+        is a multiple of the swizzle's period, so its own offset changes none of them. Raises ValueError
+        outside the tile.
+        """
+        _check_index("row", row, self.rows)
+        _check_index("col", col, self.padded_cols)
+        chunk, chunk_col = divmod(col, self.chunk_cols)
+        linear = chunk * self.chunk_bytes + row * self.swizzle_bytes + chunk_col * self.element_bytes
+        return linear ^ (linear >> 3 & self.swizzle_bytes - _SWIZZLE_UNIT_BYTES)
+
+    @property
+    def num_k_major_steps(self) -> int:
+        """wgmma instructions that cover cols as K. Raises ValueError if a row is no multiple of 32 bytes."""
+        if self.cols * self.element_bytes % WGMMA_K_BYTES:
+            raise ValueError(f"a K-major row must be a multiple of 32 bytes, not {self.cols} columns")
+        return self.cols * self.element_bytes // WGMMA_K_BYTES
+
+    @property
+    def num_mn_major_steps(self) -> int:
+        """wgmma instructions that cover the rows as K. Raises ValueError as mn_major_descriptor does."""
+        self._check_mn_major()
+        return self.rows // WGMMA_K
+
+    def k_major_descriptor(self) -> MatrixDescriptor:
+        """Descriptor of the tile as an operand whose K dimension is its columns, M or N its rows (Q and K).
+
+        An operand from row r on, r a multiple of 8 (a warpgroup's 64 rows of Q), starts byte_offset(r, 0) on.
+        """
+        # A swizzled K-major descriptor has no use for the leading offset; 16 bytes is what CuTe puts there.
+        return MatrixDescriptor(_SWIZZLE_UNIT_BYTES, self.alignment, self.swizzle_bytes)
+
+    def mn_major_descriptor(self) -> MatrixDescriptor:
+        """Descriptor of the tile as an operand whose K dimension is its rows, M or N its columns (V).
+
+        Raises ValueError if rows is no multiple of 16 or the elements are not of 16 bits, the only ones that
+        wgmma reads MN-major.
+        """
+        self._check_mn_major()
+        return MatrixDescriptor(self.chunk_bytes, self.alignment, self.swizzle_bytes)
+
+    def k_major_step_bytes(self, step: int) -> int:
+        """Bytes from the start address to the step-th 32 bytes of columns (16 columns of 16-bit elements).
+
+        Within a chunk the steps are 32 bytes apart: the hardware swizzles the addresses that it computes from
+        the start, so the start is given unswizzled. Raises ValueError outside num_k_major_steps.
+        """
+        _check_index("step", step, self.num_k_major_steps)
+        chunk, chunk_step = divmod(step, self.swizzle_bytes // WGMMA_K_BYTES)
+        return chunk * self.chunk_bytes + chunk_step * WGMMA_K_BYTES
+
+    def mn_major_step_bytes(self, step: int) -> int:
+        """Bytes from the start address to the step-th 16 rows; ValueError outside num_mn_major_steps."""
+        _check_index("step", step, self.num_mn_major_steps)
+        return step * WGMMA_K * self.swizzle_bytes
+
+    def _check_mn_major(self) -> None:
+        if self.element_bytes != 2:
+            raise ValueError(f"an MN-major operand needs 16-bit elements, not {8 * self.element_bytes}-bit")
+        if self.rows % WGMMA_K:
+            raise ValueError(f"an MN-major operand needs a multiple of {WGMMA_K} rows, not {self.rows}")
+
+
+def _fragment_coordinates(thread: int, value: int) -> tuple[int, int]:
+    """(row, col) of a thread's value in a fragment of 64 rows.
+
+    Warp w holds rows 16 w to 16 w + 15 in 8 x 8 blocks; lane l holds two neighbouring columns of a block,
+    from 2 (l % 4) on, in row l // 4. Values go by column, then by block: 8 rows down, then 8 columns on.
+    """
+    _check_index("thread", thread, WARPGROUP_THREADS)
+    warp, lane = divmod(thread, 32)
+    block, low = divmod(value, 4)
+    return 16 * warp + lane // 4 + 8 * (low // 2), 8 * block + 2 * (lane % 4) + low % 2
+
+
+def accumulator_coordinates(thread: int, register: int) -> tuple[int, int]:
+    """(row, col) of the 64 x N accumulator element in `register` (0 .. N / 2 - 1) of `thread` (0 .. 127).
+
+    Threads are counted within the warpgroup. Each holds 2 rows x N / 4 columns, in the same order for every
+    N. Raises ValueError outside the largest N, 256.
+    Source: PTX ISA, wgmma.mma_async m64nNk16, "Accumulator D"; CuTe's CLayout_64xN.
+    """
+    _check_index("register", register, WGMMA_M * WGMMA_MAX_N // WARPGROUP_THREADS)
+    return _fragment_coordinates(thread, register)
+
+
+def a_operand_coordinates(thread: int, register: int, half: int) -> tuple[int, int]:
+    """(row, k) of the 64 x 16 A operand element in `half` of `register` (0 .. 3) of `thread` (0 .. 127).
+
+    Registers have 32 bits; half is 0 for the low 16, 1 for the high. Raises ValueError outside these ranges.
+    Source: PTX ISA, wgmma.mma_async m64nNk16, "Matrix A" in registers; CuTe's ALayout_64x16.
+    """
+    _check_index("register", register, 4)
+    _check_index("half", half, 2)
+    return _fragment_coordinates(thread, 2 * register + half)
+
+
+def accumulator_register_of_a_operand(step: int, register: int, half: int) -> int:
+    """The accumulator register that holds what A operand (register, half) of the step-th 16 columns needs.
+
+    It is the thread's own register, so P = softmax(S) becomes the A operand of P @ V by converting
+    accumulator registers 2 i and 2 i + 1 into 32-bit register i: no shuffle, no permutation. Raises
+    ValueError outside the ranges of a_operand_coordinates and the 16 steps of N = 256.
+    """
+    _check_index("step", step, WGMMA_MAX_N // WGMMA_K)
+    _check_index("register", register, 4)
+    _check_index("half", half, 2)
+    return 8 * step + 2 * register + half

@@ -1,0 +1,56 @@
+"""Params: the plain arguments of a kernel, one table for the C struct and for the bytes the launcher packs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+# C type -> NumPy type of the same size and alignment.
+_NUMPY_TYPES = {"void*": "u8", "float*": "u8", "int64_t": "i8", "int": "i4", "float": "f4"}
+
+
+@dataclass(frozen=True)
+class ParamField:
+    """One field: its name, C type and meaning (shape, unit), as printed in the translation unit."""
+
+    name: str
+    c_type: str
+    meaning: str
+
+    @property
+    def numpy_type(self) -> str:
+        return _NUMPY_TYPES[self.c_type]
+
+    @property
+    def size_bytes(self) -> int:
+        return np.dtype(self.numpy_type).itemsize
+
+
+FA3_FWD_FIELDS: tuple[ParamField, ...] = (
+    ParamField("o", "void*", "(batch, seqlen_q, num_heads_q, head_dim) in the element type, last dimension contiguous"),
+    ParamField("lse", "float*", "(batch, num_heads_q, seqlen_q) natural logarithm, or null"),
+    ParamField("o_stride_batch", "int64_t", "elements"),
+    ParamField("o_stride_row", "int64_t", "elements"),
+    ParamField("o_stride_head", "int64_t", "elements"),
+    ParamField("batch", "int", "sequences"),
+    ParamField("seqlen_q", "int", "query rows of each sequence"),
+    ParamField("seqlen_k", "int", "keys of each sequence"),
+    ParamField("num_heads_q", "int", "query heads"),
+    ParamField("heads_per_kv_head", "int", "num_heads_q / num_heads_kv"),
+    ParamField("head_dim", "int", "columns of q, k, v and o that exist, at most kHeadDim"),
+    ParamField("num_m_blocks", "int", "ceil(seqlen_q / kTileM)"),
+    ParamField("num_tiles", "int", "num_m_blocks * num_heads_q * batch"),
+    ParamField("softmax_scale_log2", "float", "softmax_scale * log2(e)"),
+)
+_HEADS_PER_SECTION = ParamField("heads_per_section", "int", "(batch, head) pairs whose K and V share the L2 cache")
+
+
+def fa3_fwd_params(causal: bool) -> tuple[ParamField, ...]:
+    """The fields of an fa3 forward cell, widest first so that no compiler pads between them."""
+    return FA3_FWD_FIELDS + ((_HEADS_PER_SECTION,) if causal else ())
+
+
+def params_dtype(fields: tuple[ParamField, ...]) -> np.dtype:
+    """The NumPy structured dtype whose bytes are the C struct's (padded at the end to its widest field)."""
+    return np.dtype([(field.name, field.numpy_type) for field in fields], align=True)

@@ -1,0 +1,136 @@
+"""Problem: a request together with what its arrays look like, every argument checked.
+
+A Problem holds no addresses: two calls with arrays of the same shapes, strides and dtypes are the same Problem.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .arrays import ArraySpec
+from .errors import InvalidArgument, UnsupportedDtype
+from .requests import DTYPES_16BIT, Fa3FwdRequest, MaskKind, PersistentMode, PositionBias
+
+ALIGNMENT_BYTES = 16  # of every address and stride: the granularity of TMA and of the kernels' stores
+_ELEMENT_BYTES = 2
+
+
+@dataclass(frozen=True)
+class Problem:
+    """q (batch, seqlen_q, num_heads_q, head_dim), k and v (batch, seqlen_k, num_heads_kv, head_dim), out like q; strides in elements."""
+
+    request: Fa3FwdRequest
+    q: ArraySpec
+    k: ArraySpec
+    v: ArraySpec
+    out: ArraySpec
+
+    @classmethod
+    def from_specs(
+        cls,
+        q: ArraySpec,
+        k: ArraySpec,
+        v: ArraySpec,
+        out: ArraySpec | None,
+        *,
+        arch: str,
+        mask: MaskKind,
+        sink_tokens: int = 0,
+        position_bias: PositionBias = PositionBias(),
+        softmax_scale: float | None = None,
+        persistent: PersistentMode = PersistentMode(),
+    ) -> Problem:
+        """Check the arrays of a forward call and describe it. out None: a fresh contiguous (batch, seqlen_q, num_heads_q, head_dim).
+
+        Raises InvalidArgument (rank, shape, stride, device, a mix of dtypes; names the argument), UnsupportedDtype, and everything
+        that Fa3FwdRequest raises (EmptyBatch, ZeroSeqlen, InvalidGqaRatio, UnsupportedHeadDim ...).
+        """
+        for name, spec in (("q", q), ("k", k), ("v", v)):
+            _check_rank(name, spec)
+        _check_same_dtype(q, k, v)
+        _check_shapes(q, k, v)
+        batch, seqlen_q, num_heads_q, head_dim = q.shape
+        request = Fa3FwdRequest(
+            batch=batch,
+            seqlen_q=seqlen_q,
+            seqlen_k=k.shape[1],
+            num_heads_q=num_heads_q,
+            num_heads_kv=k.shape[2],
+            head_dim=head_dim,
+            dtype=q.dtype,
+            mask=mask,
+            sink_tokens=sink_tokens,
+            position_bias=position_bias,
+            softmax_scale=softmax_scale,
+            arch=arch,
+            persistent=persistent,
+        )
+        if out is None:
+            out = ArraySpec(q.shape, _contiguous_strides(q.shape), q.dtype, q.device)
+        _check_out(out, q)
+        for name, spec in (("q", q), ("k", k), ("v", v), ("out", out)):
+            _check_strides(name, spec)
+            if spec.device != q.device:
+                raise InvalidArgument(f"{name} is on device {spec.device} and q on device {q.device}: all arrays must be on one GPU")
+        return cls(request, q, k, v, out)
+
+
+def check_pointers(**pointers: int) -> None:
+    """Raises InvalidArgument, naming the array, unless every address is a multiple of 16 bytes."""
+    for name, pointer in pointers.items():
+        if pointer % ALIGNMENT_BYTES:
+            raise InvalidArgument(
+                f"{name} starts at address {pointer:#x}, which is not a multiple of {ALIGNMENT_BYTES} bytes; copy it to a fresh array"
+            )
+
+
+def _check_rank(name: str, spec: ArraySpec) -> None:
+    if len(spec.shape) != 4:
+        raise InvalidArgument(
+            f"{name} has shape {spec.shape}: expected 4 dimensions (batch, seqlen, num_heads, head_dim); add a batch dimension to a single sequence"
+        )
+
+
+def _check_same_dtype(q: ArraySpec, k: ArraySpec, v: ArraySpec) -> None:
+    for name, spec in (("q", q), ("k", k), ("v", v)):
+        if spec.dtype not in (*DTYPES_16BIT, "e4m3", "e5m2"):
+            raise UnsupportedDtype(f"{name} has dtype {spec.dtype}: accepted are float16 and bfloat16; convert with astype")
+        if spec.dtype != q.dtype:
+            raise InvalidArgument(f"{name} has dtype {spec.dtype} and q has {q.dtype}: q, k and v must have the same dtype")
+
+
+def _check_shapes(q: ArraySpec, k: ArraySpec, v: ArraySpec) -> None:
+    if v.shape != k.shape:
+        raise InvalidArgument(f"v has shape {v.shape} and k has {k.shape}: they must be equal (batch, seqlen_k, num_heads_kv, head_dim)")
+    if k.shape[0] != q.shape[0]:
+        raise InvalidArgument(f"k has batch {k.shape[0]} and q has {q.shape[0]}: they must be equal")
+    if k.shape[3] != q.shape[3]:
+        raise InvalidArgument(f"k has head_dim {k.shape[3]} and q has {q.shape[3]}: they must be equal")
+
+
+def _check_out(out: ArraySpec, q: ArraySpec) -> None:
+    if out.shape != q.shape:
+        raise InvalidArgument(f"out has shape {out.shape}: expected {q.shape}, the shape of q")
+    if out.dtype != q.dtype:
+        raise InvalidArgument(f"out has dtype {out.dtype}: expected {q.dtype}, the dtype of q")
+    if any(stride == 0 and extent > 1 for stride, extent in zip(out.strides, out.shape, strict=True)):
+        raise InvalidArgument(f"out has strides {out.strides}: a stride of 0 would have several results written to one place")
+
+
+def _check_strides(name: str, spec: ArraySpec) -> None:
+    if spec.strides[3] != 1:
+        raise InvalidArgument(f"{name} has strides {spec.strides} (elements): the last dimension must be contiguous (stride 1)")
+    step = ALIGNMENT_BYTES // _ELEMENT_BYTES
+    for axis, (stride, extent) in enumerate(zip(spec.strides[:3], spec.shape[:3], strict=True)):
+        if extent > 1 and (stride < 0 or stride % step):
+            raise InvalidArgument(
+                f"{name} has strides {spec.strides} (elements): the stride of dimension {axis} must be a non-negative multiple of {step} "
+                f"({ALIGNMENT_BYTES} bytes); copy {name} to a contiguous array"
+            )
+
+
+def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides = [1] * len(shape)
+    for axis in range(len(shape) - 2, -1, -1):
+        strides[axis] = strides[axis + 1] * shape[axis + 1]
+    return tuple(strides)

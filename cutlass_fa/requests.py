@@ -1,0 +1,207 @@
+"""Requests: one kind of call described without arrays, so that a workload can be planned, explained and compiled with no GPU.
+
+Requests and Problem are the only places that raise on user input.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from .dispatch import ARCHS, FP8_DTYPES, DispatchKey, cell_head_dim
+from .errors import (
+    EmptyBatch,
+    Fa3RequiresHopper,
+    Fp8MustUseFp8Request,
+    InvalidArgument,
+    InvalidGqaRatio,
+    SeqlenOverflow,
+    SinkWithoutMask,
+    UnsupportedDtype,
+    UnsupportedHeadDim,
+    ZeroSeqlen,
+    ZeroWindow,
+)
+
+MAX_SEQLEN = 2**31 - 1024  # positions, and positions plus one tile, are 32-bit signed integers
+DTYPES_16BIT = ("f16", "bf16")
+
+
+# ---- masks ---------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MaskKind:
+    """Which keys a query may see. Query i stands at position i + seqlen_k - seqlen_q.
+
+    causal: key j allowed when j <= position. window (left, right): position - left <= j <= position + right; -1 is unbounded.
+    Use Full, Causal, SlidingCausal, SlidingFull or Window.
+    """
+
+    causal: bool
+    window: tuple[int, int] = (-1, -1)
+
+    @property
+    def is_sliding(self) -> bool:
+        """Whether a window bounds the keys on some side (causality alone does not count)."""
+        return self.window != (-1, -1)
+
+
+def Full() -> MaskKind:
+    """Every query sees every key."""
+    return MaskKind(causal=False)
+
+
+def Causal() -> MaskKind:
+    """Every query sees the keys up to its own position."""
+    return MaskKind(causal=True)
+
+
+def SlidingCausal(window: int) -> MaskKind:
+    """The last `window` keys, the query's own position included. Raises ZeroWindow for window < 1."""
+    _check_window(window)
+    return MaskKind(causal=True, window=(window - 1, 0))
+
+
+def SlidingFull(window: int) -> MaskKind:
+    """`window` - 1 keys on either side of the query's own position. Raises ZeroWindow for window < 1."""
+    _check_window(window)
+    return MaskKind(causal=False, window=(window - 1, window - 1))
+
+
+def Window(left: int, right: int, causal: bool = False) -> MaskKind:
+    """flash-attn's window_size=(left, right), -1 unbounded; causal bounds the right side at 0. Raises InvalidArgument below -1."""
+    if left < -1 or right < -1:
+        raise InvalidArgument(f"window_size=({left}, {right}): each side must be -1 (unbounded) or a number of keys >= 0")
+    if causal:
+        return MaskKind(causal=True, window=(left, 0) if left != -1 else (-1, -1))
+    return MaskKind(causal=False, window=(left, right))
+
+
+def _check_window(window: int) -> None:
+    if window < 1:
+        raise ZeroWindow(f"window={window}: a sliding window holds at least the query's own position, so window must be >= 1")
+
+
+# ---- other parts ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PositionBias:
+    """A bias on scores that depends on positions only: none, or ALiBi (Press et al. 2021; its slopes are a runtime array)."""
+
+    alibi: bool = False
+
+
+@dataclass(frozen=True)
+class PersistentMode:
+    """How CTAs get their tiles. persistent False: one CTA per tile. True: `num_sms` CTAs (0: one per multiprocessor) walk all tiles."""
+
+    persistent: bool = False
+    num_sms: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_sms < 0:
+            raise InvalidArgument(f"num_sms={self.num_sms}: must be 0 (all) or a positive number of multiprocessors")
+
+
+def Grid() -> PersistentMode:
+    """One CTA per tile; the hardware hands tiles out in order."""
+    return PersistentMode()
+
+
+def Persistent(num_sms: int = 0) -> PersistentMode:
+    """`num_sms` CTAs (0: as many as the GPU has multiprocessors) walk all tiles, leaving the other multiprocessors free."""
+    return PersistentMode(True, num_sms)
+
+
+# ---- requests ------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionRequest:
+    """What every forward of dense arrays has: q (batch, seqlen_q, num_heads_q, head_dim), k and v (batch, seqlen_k, num_heads_kv, head_dim).
+
+    dtype: "f16" or "bf16". softmax_scale: default 1 / sqrt(head_dim). arch: NVRTC's name of the target GPU.
+    Raises EmptyBatch, ZeroSeqlen, SeqlenOverflow, InvalidGqaRatio, UnsupportedHeadDim, UnsupportedDtype, SinkWithoutMask, InvalidArgument.
+    """
+
+    batch: int
+    seqlen_q: int
+    seqlen_k: int
+    num_heads_q: int
+    num_heads_kv: int
+    head_dim: int
+    dtype: str = "bf16"
+    mask: MaskKind = field(default_factory=Full)
+    sink_tokens: int = 0
+    position_bias: PositionBias = PositionBias()
+    softmax_scale: float | None = None
+    arch: str = "sm_90a"
+
+    def __post_init__(self) -> None:
+        self._check_sizes()
+        if self.dtype in FP8_DTYPES:
+            raise Fp8MustUseFp8Request(f"dtype={self.dtype}: {type(self).__name__} takes f16 and bf16; fp8 arrays have a request of their own")
+        if self.dtype not in DTYPES_16BIT:
+            raise UnsupportedDtype(f"dtype={self.dtype}: accepted are f16 and bf16; convert the arrays")
+        if self.arch not in ARCHS:
+            raise InvalidArgument(f"arch={self.arch!r}: accepted are {', '.join(ARCHS)}")
+        if self.sink_tokens < 0:
+            raise InvalidArgument(f"sink_tokens={self.sink_tokens}: must be >= 0")
+        if self.sink_tokens and not (self.mask.causal or self.mask.is_sliding):
+            raise SinkWithoutMask(f"sink_tokens={self.sink_tokens} with a full mask: every key is visible already; use causal or window_size")
+        if self.softmax_scale is not None and not (math.isfinite(self.softmax_scale) and self.softmax_scale > 0):
+            raise InvalidArgument(f"softmax_scale={self.softmax_scale}: must be a positive finite number")
+
+    def _check_sizes(self) -> None:
+        if self.batch < 1:
+            raise EmptyBatch(f"batch={self.batch}: q, k and v need at least one sequence")
+        for name in ("seqlen_q", "seqlen_k"):
+            seqlen = getattr(self, name)
+            if seqlen < 1:
+                raise ZeroSeqlen(f"{name}={seqlen}: at least one token is needed")
+            if seqlen > MAX_SEQLEN:
+                raise SeqlenOverflow(f"{name}={seqlen}: positions are 31-bit; at most {MAX_SEQLEN}")
+        if self.num_heads_kv < 1 or self.num_heads_q < 1 or self.num_heads_q % self.num_heads_kv:
+            raise InvalidGqaRatio(
+                f"num_heads_q={self.num_heads_q}, num_heads_kv={self.num_heads_kv}: num_heads_q must be a positive multiple of num_heads_kv"
+            )
+        if cell_head_dim(self.head_dim) is None:
+            raise UnsupportedHeadDim(f"head_dim={self.head_dim}: accepted are multiples of 8 from 8 to 256; pad the last dimension")
+
+    @property
+    def scale(self) -> float:
+        """softmax_scale with its default filled in."""
+        return self.softmax_scale if self.softmax_scale is not None else 1.0 / math.sqrt(self.head_dim)
+
+    def _key(self, family: str, direction: str) -> DispatchKey:
+        head_dim = cell_head_dim(self.head_dim)
+        assert head_dim is not None  # checked when the request was made
+        return DispatchKey(
+            family,
+            direction,
+            self.arch,
+            self.dtype,
+            head_dim,
+            causal=self.mask.causal,
+            sliding_window=self.mask.is_sliding,
+            alibi=self.position_bias.alibi,
+            sink=self.sink_tokens > 0,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fa3FwdRequest(AttentionRequest):
+    """A 16-bit forward by the Hopper family (TMA + WGMMA). persistent: how CTAs get their tiles. Raises Fa3RequiresHopper off sm_90a."""
+
+    persistent: PersistentMode = PersistentMode()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.arch != "sm_90a":
+            raise Fa3RequiresHopper(f"arch={self.arch}: family fa3 uses TMA and WGMMA, which only sm_90a has")
+
+    def dispatch_key(self) -> DispatchKey:
+        """The cell this request needs; whether it exists is DISPATCH_TABLE's to say."""
+        return self._key("fa3", "fwd")

@@ -1,0 +1,26 @@
+"""Shared by all tests: GPU tests are skipped, with the reason, where no kernel can be launched."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from cutlass_fa.device import gpu_problem
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not any(item.get_closest_marker("gpu") for item in items):
+        return
+    problem = gpu_problem()
+    if problem is None:
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=f"needs a GPU: {problem}"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_inherited_settings() -> None:
+    """Tests start from this package's defaults, except for a cache directory that the caller chose."""
+    os.environ.pop("CUTLASS_FA_NO_COMPILE", None)

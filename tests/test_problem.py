@@ -1,0 +1,196 @@
+"""Requests, masks and Problem: what is refused, by which error, naming what; and what a request's key is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import cutlass_fa
+from cutlass_fa import Causal, Fa3FwdRequest, Full, Persistent, PositionBias, SlidingCausal, SlidingFull, Window, errors
+from cutlass_fa.arrays import ArraySpec, library_of
+from cutlass_fa.problem import Problem, check_pointers
+
+REQUEST = Fa3FwdRequest(batch=2, seqlen_q=64, seqlen_k=128, num_heads_q=8, num_heads_kv=2, head_dim=128)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"batch": 0}, errors.EmptyBatch, "batch=0"),
+        ({"seqlen_q": 0}, errors.ZeroSeqlen, "seqlen_q=0"),
+        ({"seqlen_k": 0}, errors.ZeroSeqlen, "seqlen_k=0"),
+        ({"seqlen_k": 2**31}, errors.SeqlenOverflow, "seqlen_k=2147483648"),
+        ({"num_heads_q": 6, "num_heads_kv": 4}, errors.InvalidGqaRatio, "num_heads_q=6"),
+        ({"num_heads_kv": 0}, errors.InvalidGqaRatio, "num_heads_kv=0"),
+        ({"head_dim": 100}, errors.UnsupportedHeadDim, "head_dim=100"),
+        ({"head_dim": 264}, errors.UnsupportedHeadDim, "head_dim=264"),
+        ({"head_dim": 0}, errors.UnsupportedHeadDim, "head_dim=0"),
+        ({"dtype": "float32"}, errors.UnsupportedDtype, "float32"),
+        ({"dtype": "e4m3"}, errors.Fp8MustUseFp8Request, "e4m3"),
+        ({"arch": "sm_80"}, errors.Fa3RequiresHopper, "sm_80"),
+        ({"arch": "hopper"}, errors.InvalidArgument, "hopper"),
+        ({"sink_tokens": -1}, errors.InvalidArgument, "sink_tokens=-1"),
+        ({"sink_tokens": 4}, errors.SinkWithoutMask, "sink_tokens=4"),
+        ({"softmax_scale": 0.0}, errors.InvalidArgument, "softmax_scale"),
+        ({"softmax_scale": -1.0}, errors.InvalidArgument, "softmax_scale"),
+        ({"softmax_scale": float("nan")}, errors.InvalidArgument, "softmax_scale"),
+    ],
+)
+def test_request_refuses(change: dict[str, object], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words) as caught:
+        replace(REQUEST, **change)
+    assert isinstance(caught.value, errors.FlashAttnError)
+
+
+def test_masks() -> None:
+    assert SlidingCausal(4) == Window(3, 0, causal=True)
+    assert SlidingFull(4) == Window(3, 3)
+    assert Window(-1, 5, causal=True) == Causal()
+    assert Window(-1, -1) == Full()
+    assert not Causal().is_sliding and SlidingFull(1).is_sliding
+    for make in (SlidingCausal, SlidingFull):
+        with pytest.raises(errors.ZeroWindow, match="window=0"):
+            make(0)
+    with pytest.raises(errors.InvalidArgument, match="-2"):
+        Window(-2, 0)
+    with pytest.raises(errors.InvalidArgument, match="num_sms=-1"):
+        Persistent(-1)
+
+
+def test_request_key_says_presence_not_values() -> None:
+    assert str(REQUEST.dispatch_key()) == "fa3_fwd_sm90a_bf16_hdim128"
+    everything = replace(REQUEST, mask=SlidingCausal(7), sink_tokens=3, position_bias=PositionBias(alibi=True), head_dim=72, dtype="f16")
+    assert str(everything.dispatch_key()) == "fa3_fwd_sm90a_f16_hdim80_causal_window_alibi_sink"
+    assert replace(everything, mask=SlidingCausal(9), sink_tokens=5, softmax_scale=3.0).dispatch_key() == everything.dispatch_key()
+    assert REQUEST.scale == pytest.approx(128**-0.5) and replace(REQUEST, softmax_scale=2.0).scale == 2.0
+
+
+def contiguous(shape: tuple[int, ...], dtype: str = "bf16", device: int = 0) -> ArraySpec:
+    strides = [1]
+    for extent in reversed(shape[1:]):
+        strides.insert(0, strides[0] * extent)
+    return ArraySpec(shape, tuple(strides), dtype, device)
+
+
+Q = contiguous((2, 64, 8, 128))
+KV = contiguous((2, 128, 2, 128))
+
+
+def make(q: ArraySpec = Q, k: ArraySpec = KV, v: ArraySpec = KV, out: ArraySpec | None = None) -> Problem:
+    return Problem.from_specs(q, k, v, out, arch="sm_90a", mask=Full())
+
+
+def test_problem_describes_its_call() -> None:
+    problem = make()
+    assert problem.request == replace(REQUEST)
+    assert problem.out == Q
+    head_major = ArraySpec((2, 64, 8, 128), (64 * 8 * 128, 128, 64 * 128, 1), "bf16", 0)
+    assert make(q=head_major, out=head_major).out.strides == head_major.strides
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"q": contiguous((64, 8, 128))}, errors.InvalidArgument, r"q has shape \(64, 8, 128\)"),
+        ({"k": contiguous((2, 128, 256))}, errors.InvalidArgument, "k has shape"),
+        ({"v": contiguous((2, 127, 2, 128))}, errors.InvalidArgument, "v has shape"),
+        ({"k": contiguous((2, 128, 4, 128))}, errors.InvalidArgument, "v has shape"),
+        ({"k": contiguous((3, 128, 2, 128)), "v": contiguous((3, 128, 2, 128))}, errors.InvalidArgument, "k has batch 3"),
+        ({"k": contiguous((2, 128, 2, 64)), "v": contiguous((2, 128, 2, 64))}, errors.InvalidArgument, "k has head_dim 64"),
+        ({"k": contiguous((2, 128, 3, 128)), "v": contiguous((2, 128, 3, 128))}, errors.InvalidGqaRatio, "num_heads_kv=3"),
+        ({"q": contiguous((2, 64, 8, 128), "float32")}, errors.UnsupportedDtype, "q has dtype float32"),
+        ({"v": contiguous((2, 128, 2, 128), "f16")}, errors.InvalidArgument, "v has dtype f16"),
+        ({"q": replace(Q, dtype="e4m3"), "k": replace(KV, dtype="e4m3"), "v": replace(KV, dtype="e4m3")}, errors.Fp8MustUseFp8Request, "e4m3"),
+        ({"v": replace(KV, device=1)}, errors.InvalidArgument, "v is on device 1"),
+        ({"q": replace(Q, strides=(8 * 64 * 256, 8 * 256, 256, 2))}, errors.InvalidArgument, "last dimension must be contiguous"),
+        ({"k": replace(KV, strides=(128 * 2 * 132, 2 * 132, 132, 1))}, errors.InvalidArgument, "k has strides .* dimension 2"),
+        ({"k": replace(KV, strides=(-32768, 256, 128, 1))}, errors.InvalidArgument, "dimension 0"),
+        ({"out": contiguous((2, 64, 8, 64))}, errors.InvalidArgument, "out has shape"),
+        ({"out": contiguous((2, 64, 8, 128), "f16")}, errors.InvalidArgument, "out has dtype f16"),
+        ({"out": replace(Q, strides=(0, 1024, 128, 1))}, errors.InvalidArgument, "out has strides"),
+    ],
+)
+def test_problem_refuses(change: dict[str, ArraySpec], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        make(**change)
+
+
+def test_strides_of_single_elements_do_not_matter() -> None:
+    q = ArraySpec((1, 64, 1, 128), (3, 128, 5, 1), "bf16", 0)
+    assert make(q=q, k=q, v=q).request.batch == 1
+
+
+def test_misaligned_address_is_refused_by_name() -> None:
+    check_pointers(q=256, out=4096)
+    with pytest.raises(errors.InvalidArgument, match="v starts at address 0x102"):
+        check_pointers(q=256, v=258)
+
+
+# ---- the public function, as far as a machine without a GPU can see --------------------------------------------------------------------
+
+
+def numpy_qkv(**shape: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    size = {"batch": 1, "seqlen_q": 5, "seqlen_k": 7, "heads": 2, "head_dim": 64, **shape}
+    rng = np.random.default_rng(0)
+    q = rng.standard_normal((size["batch"], size["seqlen_q"], size["heads"], size["head_dim"])).astype(np.float16)
+    k, v = (rng.standard_normal((size["batch"], size["seqlen_k"], size["heads"], size["head_dim"])).astype(np.float16) for _ in range(2))
+    return q, k, v
+
+
+@pytest.mark.parametrize(
+    ("make_arrays", "error"),
+    [
+        (lambda: (numpy_qkv()[0][0], *numpy_qkv()[1:]), errors.InvalidArgument),
+        (lambda: numpy_qkv(head_dim=100), errors.UnsupportedHeadDim),
+        (lambda: numpy_qkv(head_dim=264), errors.UnsupportedHeadDim),
+        (lambda: tuple(x.astype(np.float32) for x in numpy_qkv()), errors.UnsupportedDtype),
+        (lambda: numpy_qkv(batch=0), errors.EmptyBatch),
+        (lambda: numpy_qkv(seqlen_q=0), errors.ZeroSeqlen),
+        (lambda: numpy_qkv(seqlen_k=0), errors.ZeroSeqlen),
+        (lambda: tuple(x[..., ::2] for x in numpy_qkv(head_dim=128)), errors.InvalidArgument),
+        (lambda: ([1.0], [1.0], [1.0]), errors.InvalidArgument),
+    ],
+)
+@pytest.mark.parametrize("backend", ["cuda", "reference"])
+def test_bad_input_of_the_public_function(make_arrays, error: type[Exception], backend: str) -> None:
+    with pytest.raises(error):
+        cutlass_fa.flash_attn_func(*make_arrays(), backend=backend)
+
+
+def test_unknown_backend() -> None:
+    with pytest.raises(errors.InvalidArgument, match="backend='tpu'"):
+        cutlass_fa.flash_attn_func(*numpy_qkv(), backend="tpu")
+
+
+def test_cpu_arrays_without_a_gpu_are_mock_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cutlass_fa.arrays.gpu_problem", lambda: "no GPU")
+    with pytest.raises(errors.MockMode, match="backend='reference'"):
+        cutlass_fa.flash_attn_func(*numpy_qkv())
+
+
+def test_cpu_arrays_with_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cutlass_fa.arrays.gpu_problem", lambda: None)
+    with pytest.raises(errors.InvalidArgument, match="CPU memory"):
+        cutlass_fa.flash_attn_func(*numpy_qkv())
+
+
+def test_reference_backend_computes_attention() -> None:
+    q, k, v = numpy_qkv()
+    out, lse = cutlass_fa.flash_attn_func(q, k, v, backend="reference", return_lse=True)
+    scores = np.einsum("bqhd,bkhd->bhqk", q.astype(np.float64), k.astype(np.float64)) / 8.0
+    weights = np.exp(scores)
+    expected = np.einsum("bhqk,bkhd->bqhd", weights / weights.sum(-1, keepdims=True), v.astype(np.float64))
+    np.testing.assert_allclose(out.astype(np.float64), expected, atol=2e-3)
+    np.testing.assert_allclose(lse, np.log(weights.sum(-1)), atol=1e-5)
+    assert out.dtype == np.float16 and lse.dtype == np.float32
+    given = np.full_like(q, np.nan)
+    assert cutlass_fa.flash_attn_func(q, k, v, backend="reference", out=given) is given
+    np.testing.assert_array_equal(given, out)
+
+
+def test_library_of_refuses_by_type() -> None:
+    assert library_of(np.ndarray).name == "NumPy"
+    with pytest.raises(errors.InvalidArgument, match=r"builtins\.list"):
+        library_of(list)
