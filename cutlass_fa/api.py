@@ -10,7 +10,7 @@ from .device import check_current_device, device_info
 from .errors import InvalidArgument
 from .launch import LaunchPlan
 from .problem import Problem, check_pointers
-from .requests import PersistentMode, PositionBias, Window
+from .requests import Grid, PersistentMode, PositionBias, Window
 
 BACKENDS = ("cuda", "reference")
 
@@ -27,7 +27,7 @@ def flash_attn_func(
     alibi_slopes: Any = None,
     out: Any = None,
     return_lse: bool = False,
-    persistent: PersistentMode = PersistentMode(),
+    persistent: PersistentMode | None = None,
     backend: str = "cuda",
 ) -> Any:
     """softmax(q k^T * softmax_scale) v, exactly, without the score matrix in memory (FlashAttention: Dao et al. 2022, Shah et al. 2024).
@@ -43,7 +43,7 @@ def flash_attn_func(
     alibi_slopes: float32 (num_heads_q,) or (batch, num_heads_q); bias -slope * |position - j|.
     out: where to write the result, shape and dtype of q; default: a fresh contiguous array.
     return_lse: also return log-sum-exp, float32 (batch, num_heads_q, seqlen_q), natural logarithm.
-    persistent: Grid() (default) or Persistent(num_sms).
+    persistent: Grid() (default: one CTA per tile) or Persistent(num_sms).
     backend: "cuda", or "reference": NumPy arrays, computed in float64 on the CPU and rounded to q's dtype.
 
     Returns out, or (out, lse). A query that sees no key gets out 0 and lse -inf. Runs asynchronously on the caller's current stream and
@@ -63,9 +63,9 @@ def flash_attn_func(
         out = library.empty(plan.problem.out.shape, request.dtype, device)
     lse = library.empty((request.batch, request.num_heads_q, request.seqlen_q), "f32", device) if return_lse else None
     pointer = library.pointer
-    pointers = {"q": pointer(q), "k": pointer(k), "v": pointer(v), "out": pointer(out)}
-    check_pointers(**pointers)
-    plan.run(*pointers.values(), pointer(lse) if return_lse else 0, library.current_stream(device))
+    pointers = (pointer(q), pointer(k), pointer(v), pointer(out))
+    check_pointers(pointers)
+    plan.run(pointers, pointer(lse) if return_lse else 0, library.current_stream(device))
     return (out, lse) if return_lse else out
 
 
@@ -77,7 +77,7 @@ class _Options(NamedTuple):
     window_size: tuple[int, int]
     sink_tokens: int
     has_alibi: bool
-    persistent: PersistentMode
+    persistent: PersistentMode | None
 
 
 _plans: dict[tuple[Any, ...], LaunchPlan] = {}
@@ -88,7 +88,8 @@ def _plan(library: ArrayLibrary, q: Any, k: Any, v: Any, out: Any, options: _Opt
     """The launch plan of a call, made at the first call of its kind and found by shapes, strides, dtypes and options afterwards."""
     for name, array in (("k", k), ("v", v), ("out", out)):
         if type(array) is not type(q) and array is not None and library_of(type(array)) is not library:
-            raise InvalidArgument(f"{name} is a {library_of(type(array)).name} array and q a {library.name} one: bring all from one library")
+            other = library_of(type(array)).name
+            raise InvalidArgument(f"{name} is a {other} array and q a {library.name} one: bring all from one library")
     signature = library.signature
     kind = (library, signature(q), signature(k), signature(v), None if out is None else signature(out), options)
     plan = _plans.get(kind)
@@ -114,7 +115,7 @@ def _make_plan(library: ArrayLibrary, q: Any, k: Any, v: Any, out: Any, options:
         sink_tokens=options.sink_tokens,
         position_bias=PositionBias(options.has_alibi),
         softmax_scale=options.softmax_scale,
-        persistent=options.persistent,
+        persistent=options.persistent or Grid(),
     )
     if device < 0:
         raise not_on_gpu(library)
@@ -128,7 +129,9 @@ def _reference(q: Any, k: Any, v: Any, out: Any, return_lse: bool, options: _Opt
 
     library = library_of(type(q))
     if library.name != "NumPy":
-        raise InvalidArgument(f"backend='reference' takes numpy.ndarray, and q is a {library.name} array; convert with cupy.asnumpy or .cpu()")
+        raise InvalidArgument(
+            f"backend='reference' takes numpy.ndarray, and q is a {library.name} array; convert with cupy.asnumpy or .cpu()"
+        )
     spec = library.spec
     Problem.from_specs(
         spec(q),

@@ -128,16 +128,26 @@ class NumpyArrays:
         raise not_on_gpu(self)
 
 
-_ACCEPTED = {("cupy", "ndarray"): CupyArrays, ("torch", "Tensor"): TorchArrays, ("torch", "Parameter"): TorchArrays, ("numpy", "ndarray"): NumpyArrays}
+_ACCEPTED = {
+    ("cupy", "ndarray"): CupyArrays,
+    ("torch", "Tensor"): TorchArrays,
+    ("torch", "Parameter"): TorchArrays,
+    ("numpy", "ndarray"): NumpyArrays,
+}
 
 
-@lru_cache(maxsize=64)
+_libraries: dict[type, ArrayLibrary] = {}
+
+
 def library_of(array_type: type) -> ArrayLibrary:
     """The library an array type belongs to. Raises InvalidArgument for a type of no known library."""
+    known = _libraries.get(array_type)
+    if known is not None:
+        return known
     for base in array_type.__mro__:
         library = _ACCEPTED.get((base.__module__.partition(".")[0], base.__name__))
         if library is not None:
-            return _instance(library)
+            return _libraries.setdefault(array_type, _instance(library))
     raise InvalidArgument(
         f"arrays of type {array_type.__module__}.{array_type.__qualname__}: accepted are cupy.ndarray and torch.Tensor on a CUDA device "
         "(others convert without a copy through cupy.from_dlpack), or numpy.ndarray with backend='reference'"

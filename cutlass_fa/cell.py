@@ -37,7 +37,7 @@ class Cell:
         """A tile table row must fit the machine; a row that does not is a defect of the table."""
         registers = WARPGROUP_THREADS * (self.tile.producer_registers + self.consumers * self.tile.consumer_registers)
         if self.tile.tile_m % 64 or self.tile.tile_n % MMA_K or self.smem_bytes > MAX_SMEM_BYTES or registers > REGISTERS_PER_SM:
-            raise AssertionError(f"{self.name}: tile {self.tile} does not fit ({self.smem_bytes} B of shared memory, {registers} registers)")
+            raise AssertionError(f"{self.name}: {self.tile} does not fit ({self.smem_bytes} B of shared memory, {registers} registers)")
 
     # ---- identity ----------------------------------------------------------------------------------------------------------------
 

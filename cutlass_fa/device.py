@@ -51,4 +51,7 @@ def check_current_device(device: int) -> None:
 
     current = cupy.cuda.runtime.getDevice()
     if current != device:
-        raise InvalidArgument(f"q, k, v are on device {device} and the current device is {current}: call under `with cupy.cuda.Device({device}):`")
+        raise InvalidArgument(
+            f"q, k, v are on device {device} and the current device is {current}: make it current, for instance with "
+            f"`with cupy.cuda.Device({device}):` or `with torch.cuda.device({device}):`"
+        )

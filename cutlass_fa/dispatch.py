@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
+from typing import Any
 
 from .errors import UnknownKey, UnsupportedCell
 
@@ -153,13 +154,11 @@ class DispatchTable:
 
     def valid_keys(self) -> Iterator[DispatchKey]:
         """Every key that `lookup` serves with gqa_ratio 1, in a fixed order."""
-        flags = [f.name for f in fields(DispatchKey) if f.type == "bool"]
+        flags = [field for field, _ in FLAG_WORDS]
         for family, direction, arch, dtype, head_dim in _base_combinations():
             for bits in range(1 << len(flags)):
-                key = replace(
-                    DispatchKey(family, direction, arch, dtype, head_dim),
-                    **{flag: bool(bits >> i & 1) for i, flag in enumerate(flags)},
-                )
+                present: dict[str, Any] = {flag: bool(bits >> i & 1) for i, flag in enumerate(flags)}
+                key = DispatchKey(family, direction, arch, dtype, head_dim, **present)
                 if not self.why_not(key):
                     yield key
 
@@ -195,7 +194,7 @@ def _unbuilt_reasons(key: DispatchKey) -> list[str]:
     checks += [(key.family == "fa3" and key.direction == "bwd", "the fa3 backward is not built yet")]
     checks += [(key.dtype in FP8_DTYPES, f"dtype {key.dtype} is not built yet; f16 and bf16 are")]
     checks += [(getattr(key, field), f"{field} is not built yet in family {key.family}") for field, _ in FLAG_WORDS if field != "causal"]
-    checks += [(key.gqa_ratio != 1, "packing query heads into the tile (gqa_ratio > 1) is not built yet; gqa_ratio 1 serves every GQA ratio")]
+    checks += [(key.gqa_ratio != 1, "packing query heads into the tile (gqa_ratio > 1) is not built yet; 1 serves every GQA ratio")]
     return [reason for refused, reason in checks if refused]
 
 

@@ -108,13 +108,14 @@ def explain(target: Target, notes: Sequence[str] = ()) -> Explanation | Refusal:
     kernel or is not installed, CompileDisabled where it would have to be compiled and may not be.
     """
     key = key_of(target)
-    notes = (*notes, *_rounding_note(getattr(target, "head_dim", key.head_dim), key))
+    notes = (*notes, *rounding_notes(getattr(target, "head_dim", key.head_dim), key))
     reasons = DISPATCH_TABLE.why_not(key)
     if reasons:
         return Refusal(str(key), tuple(reasons), notes)
     in_memory = kernels.is_loaded(key)
     kernel = kernels.get(key)
-    cell, cubin, path = kernel.cell, kernel.cubin, kernel.path
+    cell, cubin = kernel.cell, kernel.cubin
+    path = kernel.path if kernel.path is not None and (kernel.path / IMAGE_FILE).is_file() else None  # it may have been cleared since
     instructions, missing = _matrix_instructions(cubin.image)
     return Explanation(
         key=cell.name,
@@ -142,7 +143,8 @@ def explain(target: Target, notes: Sequence[str] = ()) -> Explanation | Refusal:
     )
 
 
-def _rounding_note(head_dim: int, key: DispatchKey) -> tuple[str, ...]:
+def rounding_notes(head_dim: int, key: DispatchKey) -> tuple[str, ...]:
+    """A remark where `key` is the cell of more columns than `head_dim`; nothing where they agree."""
     if head_dim == key.head_dim:
         return ()
     return (f"head_dim {head_dim} runs in the cell of head_dim {key.head_dim}; the columns beyond it are read as zeros and never stored",)

@@ -54,6 +54,11 @@ def get(key: DispatchKey) -> Kernel:
     return kernel
 
 
+def is_loaded(key: DispatchKey) -> bool:
+    """Whether `get(key)` would be answered from memory."""
+    return key in _kernels
+
+
 def forget() -> None:
     """Drop every kernel from memory; the disk cache stays."""
     _kernels.clear()

@@ -48,10 +48,12 @@ class LaunchPlan:
         self._smem_bytes = cell.smem_bytes
         self._lock = threading.Lock()  # between writing the arguments and the driver's copy of them
 
-    def run(self, q: int, k: int, v: int, out: int, lse: int, stream: int) -> None:
-        """Launch on device addresses (lse 0: not written) and a CUstream. Asynchronous; may be captured in a CUDA graph.
+    def run(self, qkvo: tuple[int, int, int, int], lse: int, stream: int) -> None:
+        """Launch on the device addresses of q, k, v, out and lse (0: not written) and a CUstream. Asynchronous; may be captured in a
+        CUDA graph.
 
         The caller's current device must be the plan's. Raises LaunchError or the driver's error."""
+        q, k, v, out = qkvo
         arguments, pointers = self._arguments, self._pointers
         with self._lock:
             arguments[0] = self._maps_q.host_address(q)
@@ -59,9 +61,7 @@ class LaunchPlan:
             arguments[2] = self._maps_v.host_address(v)
             pointers[0] = out
             pointers[1] = lse
-            self._launch_kernel(
-                self._function, self._grid, 1, 1, self._threads, 1, 1, self._smem_bytes, stream, self._arguments_address, 0
-            )
+            self._launch_kernel(self._function, self._grid, 1, 1, self._threads, 1, 1, self._smem_bytes, stream, self._arguments_address, 0)
 
 
 def pack_params(problem: Problem, kernel: Kernel, device: DeviceInfo) -> np.ndarray:

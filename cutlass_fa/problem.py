@@ -75,19 +75,20 @@ class Problem:
         return cls(request, q, k, v, out)
 
 
-def check_pointers(**pointers: int) -> None:
-    """Raises InvalidArgument, naming the array, unless every address is a multiple of 16 bytes."""
-    for name, pointer in pointers.items():
-        if pointer % ALIGNMENT_BYTES:
-            raise InvalidArgument(
-                f"{name} starts at address {pointer:#x}, which is not a multiple of {ALIGNMENT_BYTES} bytes; copy it to a fresh array"
-            )
+def check_pointers(pointers: tuple[int, int, int, int]) -> None:
+    """Raises InvalidArgument, naming the array, unless the addresses of q, k, v and out are multiples of 16 bytes."""
+    q, k, v, out = pointers
+    if (q | k | v | out) % ALIGNMENT_BYTES == 0:
+        return
+    name, pointer = next(pair for pair in zip(("q", "k", "v", "out"), pointers, strict=True) if pair[1] % ALIGNMENT_BYTES)
+    raise InvalidArgument(f"{name} starts at address {pointer:#x}, not a multiple of {ALIGNMENT_BYTES} bytes; copy it to a fresh array")
 
 
 def _check_rank(name: str, spec: ArraySpec) -> None:
     if len(spec.shape) != 4:
         raise InvalidArgument(
-            f"{name} has shape {spec.shape}: expected 4 dimensions (batch, seqlen, num_heads, head_dim); add a batch dimension to a single sequence"
+            f"{name} has shape {spec.shape}: expected 4 dimensions (batch, seqlen, num_heads, head_dim); "
+            "a single sequence gets a batch dimension of 1"
         )
 
 

@@ -139,9 +139,7 @@ def attention_forward(q: Array, k: Array, v: Array, **options: Any) -> tuple[Arr
     return forward_by_head(_head_forward, q, k, v, AttentionOptions(**options))
 
 
-def attention_backward(
-    dout: Array, q: Array, k: Array, v: Array, *, dlse: Array | None = None, **options: Any
-) -> Gradients:
+def attention_backward(dout: Array, q: Array, k: Array, v: Array, *, dlse: Array | None = None, **options: Any) -> Gradients:
     """Exact gradients of ``sum(out * dout) + sum(lse * dlse)``; dlse has the shape of lse, None is 0.
 
     With descale factors, gradients are those of the stored q, k, v.
@@ -149,9 +147,7 @@ def attention_backward(
     return backward_by_head(_head_backward, dout, dlse, q, k, v, AttentionOptions(**options))
 
 
-def attention_varlen_forward(
-    q: Array, k: Array, v: Array, cu_seqlens_q: Array, cu_seqlens_k: Array, **options: Any
-) -> tuple[Array, Array]:
+def attention_varlen_forward(q: Array, k: Array, v: Array, cu_seqlens_q: Array, cu_seqlens_k: Array, **options: Any) -> tuple[Array, Array]:
     """Attention of packed sequences, ``(out, lse)``; rows that no sequence uses have out 0 and lse -inf."""
     return attention_forward(q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, **options)
 
@@ -326,9 +322,7 @@ def _heads(q: Array, k: Array, v: Array, options: AttentionOptions) -> Iterator[
         yield from _sequence_heads(q, k, v, sequence, *rows, options)
 
 
-def _sequence_heads(
-    q: Array, k: Array, v: Array, sequence: int, rows_q: slice, rows_k: slice, options: AttentionOptions
-) -> Iterator[Head]:
+def _sequence_heads(q: Array, k: Array, v: Array, sequence: int, rows_q: slice, rows_k: slice, options: AttentionOptions) -> Iterator[Head]:
     """The heads of one sequence of packed arrays; they share its mask and distances."""
     xp, num_heads_q, num_heads_kv = array_module(q), q.shape[1], k.shape[1]
     seqlens = (rows_q.stop - rows_q.start, rows_k.stop - rows_k.start)
@@ -364,9 +358,7 @@ def _sequence_heads(
         )
 
 
-def _positions(
-    seqlen_q: int, seqlen_k: int, q_offset: int | None, k_offset: int | None, xp: ModuleType
-) -> tuple[Array, Array]:
+def _positions(seqlen_q: int, seqlen_k: int, q_offset: int | None, k_offset: int | None, xp: ModuleType) -> tuple[Array, Array]:
     """Where the queries (seqlen_q, 1) and the keys (1, seqlen_k) stand."""
     if q_offset is None and k_offset is None:
         q_offset = seqlen_k - seqlen_q

@@ -120,7 +120,7 @@ def Persistent(num_sms: int = 0) -> PersistentMode:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionRequest:
-    """What every forward of dense arrays has: q (batch, seqlen_q, num_heads_q, head_dim), k and v (batch, seqlen_k, num_heads_kv, head_dim).
+    """What every forward of dense arrays has: q (batch, seqlen_q, num_heads_q, head_dim); k, v (batch, seqlen_k, num_heads_kv, head_dim).
 
     dtype: "f16" or "bf16". softmax_scale: default 1 / sqrt(head_dim). arch: NVRTC's name of the target GPU.
     Raises EmptyBatch, ZeroSeqlen, SeqlenOverflow, InvalidGqaRatio, UnsupportedHeadDim, UnsupportedDtype, SinkWithoutMask, InvalidArgument.
@@ -142,7 +142,7 @@ class AttentionRequest:
     def __post_init__(self) -> None:
         self._check_sizes()
         if self.dtype in FP8_DTYPES:
-            raise Fp8MustUseFp8Request(f"dtype={self.dtype}: {type(self).__name__} takes f16 and bf16; fp8 arrays have a request of their own")
+            raise Fp8MustUseFp8Request(f"dtype={self.dtype}: {type(self).__name__} takes f16 and bf16, not fp8; convert the arrays")
         if self.dtype not in DTYPES_16BIT:
             raise UnsupportedDtype(f"dtype={self.dtype}: accepted are f16 and bf16; convert the arrays")
         if self.arch not in ARCHS:
@@ -150,7 +150,7 @@ class AttentionRequest:
         if self.sink_tokens < 0:
             raise InvalidArgument(f"sink_tokens={self.sink_tokens}: must be >= 0")
         if self.sink_tokens and not (self.mask.causal or self.mask.is_sliding):
-            raise SinkWithoutMask(f"sink_tokens={self.sink_tokens} with a full mask: every key is visible already; use causal or window_size")
+            raise SinkWithoutMask(f"sink_tokens={self.sink_tokens} with a full mask: every key is visible; use causal or window_size")
         if self.softmax_scale is not None and not (math.isfinite(self.softmax_scale) and self.softmax_scale > 0):
             raise InvalidArgument(f"softmax_scale={self.softmax_scale}: must be a positive finite number")
 

@@ -1,15 +1,15 @@
 """The rule that every number of this library is held to, and the inputs it is tried on.
 
 A result passes when ``max|actual - reference| <= 2 * max|lowp - reference| + atol``. The reference is float64
-(cutlass_fa/reference.py). lowp is the same mathematics in the result's own low precision, whole score matrices,
-no tiles, every operation's result rounded: what an honest program without flash attention gets. The rule and
-the order of lowp's operations are those of flash-attention's tests (``attention_ref(upcast=False,
+(cutlass_fa/reference.py). lowp is the same mathematics in the result's own low precision, whole score
+matrices, no tiles, every operation's result rounded: what an honest program without flash attention gets. The
+rule and the order of lowp's operations are those of flash-attention's tests (``attention_ref(upcast=False,
 reorder_ops=True)``), with one sharper edge: every 128 rows must keep the rule by themselves. Over all rows at
-once, the rounding of a few large numbers (the first rows of a causal mask) hides whole missing tiles elsewhere.
+once, the rounding of a few large numbers (first rows of a causal mask) hides whole missing tiles elsewhere.
 
 Works on NumPy and CuPy arrays alike. lowp computes in float32 and rounds by arithmetic, so that no array
-library has to know the low-precision dtypes. fp8 values travel as ml_dtypes arrays (NumPy) or, where the array
-module has no fp8 dtype (CuPy), as uint8 bits together with the dtype's name.
+library has to know the low-precision dtypes. fp8 values travel as ml_dtypes arrays (NumPy) or, where the
+array module has no fp8 dtype (CuPy), as uint8 bits together with the dtype's name.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SEQLEN_PAIRS = tuple(zip(_SEQLENS_Q, _SEQLENS_K, strict=True))
 
 FP8_DTYPES = ("float8_e4m3fn", "float8_e5m2")
 FP8_NAN_BITS = 0x7F  # NaN in both formats
-BAND_ROWS = 128  # each so many rows keep the rule by themselves
+BAND_ROWS = 128  # each so many rows keep the rule by themselves, the last ones with the tail
 # An fp8 kernel rounds 256 * exp(s - max): the smaller probabilities stay above the format's smallest numbers.
 FP8_PROBABILITY_SCALE = 256.0
 
@@ -109,9 +109,7 @@ def lowp_forward(
     return out.astype(np.float32).astype(low_dtype), lse.astype(np.float32)
 
 
-def lowp_backward(
-    dout: Array, q: Array, k: Array, v: Array, *, dlse: Array | None = None, **options: Any
-) -> Gradients:
+def lowp_backward(dout: Array, q: Array, k: Array, v: Array, *, dlse: Array | None = None, **options: Any) -> Gradients:
     """Gradients in q's dtype (float16 or bfloat16): lowp_forward differentiated, operation by operation.
 
     The softmax takes its row sums from the rounded out, rowsum(dout * out), as every flash attention does.
@@ -169,9 +167,7 @@ def check_backward(
             check_close(name, actual, exact, lowp, case, rows_axis=rows_axis)
 
 
-def check_close(
-    name: str, actual: Array, expected: Array, lowp: Array, case: Any = "", *, rows_axis: int | None = None
-) -> None:
+def check_close(name: str, actual: Array, expected: Array, lowp: Array, case: Any = "", *, rows_axis: int | None = None) -> None:
     """Raise AssertionError unless ``max|actual - expected| <= 2 * max|lowp - expected| + atol``.
 
     atol is twice what adding and subtracting 0.3 in lowp's dtype does to expected: the floor of a case where
@@ -190,16 +186,16 @@ def check_close(
     finite = xp.isfinite(expected)
     actual, expected, lowp = (xp.where(finite, x, 0.0) for x in (actual, expected, lowp))
     for band in _bands(expected.shape, rows_axis):
-        error, lowp_error = xp.abs(actual - expected)[band], float(xp.abs(lowp - expected)[band].max())
-        atol = _atol(expected[band], low)
+        error = xp.abs(actual[band] - expected[band])
+        lowp_error, atol = float(xp.abs(lowp[band] - expected[band]).max()), _atol(expected[band], low)
         allowed = 2.0 * lowp_error + atol
         worst = _coordinate(error.argmax(), error.shape)
         if not float(error[worst]) <= allowed:
-            where = tuple(i + (part.start or 0) for i, part in zip(worst, band, strict=True))
+            where = tuple(i + part.start for i, part in zip(worst, band, strict=True))
             raise AssertionError(
-                f"{prefix}: max error {float(error[worst]):.3e} > allowed {allowed:.3e} = 2 * {lowp_error:.3e} +"
-                f" {atol:.3e}, worst at {where}: {float(actual[where])!r}, expected {float(expected[where])!r};"
-                f" {int((error > allowed).sum())} of these {error.size} elements are out"
+                f"{prefix}: max error {float(error[worst]):.3e} > allowed {allowed:.3e} = 2 *"
+                f" {lowp_error:.3e} + {atol:.3e}, worst at {where}: {float(actual[where])}, expected"
+                f" {float(expected[where])}; {int((error > allowed).sum())} of these {error.size} are out"
             )
 
 
@@ -215,8 +211,8 @@ def random_array(
     """Standard normal numbers of shape (..., seqlen, heads, head_dim), rounded to dtype.
 
     memory_order: "bshd" lies in memory as the shape says, "bhsd" has the heads outside the sequence.
-    extra_strides: a slice of a larger buffer that is NaN elsewhere; head_dim stays contiguous and every other
-        stride a multiple of 16 elements, so that a tensor map can describe it.
+    extra_strides: a slice of a larger buffer that is NaN elsewhere; head_dim stays contiguous, and addresses
+        and strides stay multiples of 16 bytes where a head_dim vector is: a tensor map can describe it.
     rng: numpy.random.Generator, or a CuPy one to draw on the GPU. fp8 on CuPy comes as uint8 bits.
     """
     if memory_order not in ("bshd", "bhsd"):
@@ -380,13 +376,14 @@ def _coordinate(flat_index: Array, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _bands(shape: tuple[int, ...], rows_axis: int | None) -> list[tuple[slice, ...]]:
-    """Slices of at most BAND_ROWS rows along an axis that together cover the shape; none of an empty array."""
-    everything = [slice(0, extent) for extent in shape]
-    if math.prod(shape) == 0 or rows_axis is None:
-        return [tuple(everything)] if math.prod(shape) else []
+    """Slices of BAND_ROWS rows along an axis, the tail in the last; all at once where rows_axis is None."""
+    if math.prod(shape) == 0:
+        return []
+    axis, everything = rows_axis or 0, [slice(0, extent) for extent in shape]
+    starts = [0] if rows_axis is None else range(0, max(1, shape[axis] - BAND_ROWS + 1), BAND_ROWS)
     bands = []
-    for start in range(0, shape[rows_axis], BAND_ROWS):
-        everything[rows_axis] = slice(start, min(start + BAND_ROWS, shape[rows_axis]))
+    for start, stop in zip(starts, [*starts[1:], shape[axis]], strict=True):
+        everything[axis] = slice(start, stop)
         bands.append(tuple(everything))
     return bands
 

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -172,6 +173,10 @@ def _put_a_file_in_place_of_the_entry(path: Path) -> None:
     path.parent.write_bytes(b"no directory")
 
 
+def _put_another_image_in_its_place(path: Path) -> None:
+    path.write_bytes(zlib.compress(CUBIN.image[:-1] + b"?"))
+
+
 def _put_another_kernel_in_its_place(path: Path) -> None:
     other = publish(content_key(replace(SOURCE, text="// other"), TOOLS), replace(SOURCE, text="// other"), CUBIN)
     assert other.path is not None
@@ -182,6 +187,7 @@ def _put_another_kernel_in_its_place(path: Path) -> None:
 DAMAGES = [
     *((damage, name) for damage in (_truncate, _empty, _flip_a_bit, _remove) for name in (SOURCE_FILE, IMAGE_FILE, META_FILE)),
     (_put_a_file_in_place_of_the_entry, META_FILE),
+    (_put_another_image_in_its_place, IMAGE_FILE),
     (_put_another_kernel_in_its_place, META_FILE),
 ]
 
@@ -291,13 +297,20 @@ import hashlib, sys, time
 from pathlib import Path
 from cutlass_fa import kernels
 from cutlass_fa.render import Source
+compiles, compile_source = [], kernels.compile_source
+def compile_slowly(*arguments):
+    compiles.append(1)
+    time.sleep(0.3)  # longer than the start of the others may be apart
+    return compile_source(*arguments)
+kernels.compile_source = compile_slowly
+kernels.find_toolchain()  # imports CuPy
 text = 'extern "C" __global__ void kernel(float* x) { *x = 1.0f; }\\n'
 source = Source("fa3_shared", "sm_90a", "kernel", text, 0, 32)
 Path(sys.argv[1], sys.argv[2]).touch()
 while len(list(Path(sys.argv[1]).iterdir())) < int(sys.argv[3]):
     time.sleep(0.005)
 hit = kernels.obtain(source)
-print(hit.origin, hashlib.sha256(hit.cubin.image).hexdigest(), hit.path)
+print(len(compiles), hit.origin, hashlib.sha256(hit.cubin.image).hexdigest(), hit.path)
 """
 
 
@@ -312,7 +325,8 @@ def test_eight_processes_compile_once(tmp_path: Path, directory: Path) -> None:
     outputs = [process.communicate(timeout=60) for process in processes]
     assert [process.returncode for process in processes] == [0] * 8, outputs
     assert not any("CacheWarning" in stderr for _, stderr in outputs), outputs
-    origins, images, paths = zip(*(stdout.split() for stdout, _ in outputs), strict=True)
+    compiles, origins, images, paths = zip(*(stdout.split() for stdout, _ in outputs), strict=True)
+    assert sorted(compiles) == ["0"] * 7 + ["1"]
     assert sorted(origins) == ["compiled"] + ["disk"] * 7
     assert len(set(images)) == 1 and len(set(paths)) == 1
     assert [str(path) for path in directory.iterdir()] == [paths[0]]
@@ -384,7 +398,9 @@ def test_threads_share_one_compile(monkeypatch: pytest.MonkeyPatch, compiler: Fa
 
 def test_a_later_process_loads_what_was_compiled(compiler: FakeCompiler) -> None:
     key = next(iter(DISPATCH_TABLE))
+    assert not kernels.is_loaded(key)
     compiled = kernels.get(key)
+    assert kernels.is_loaded(key) and kernels.get(key) is compiled
     kernels.forget()  # what is left is what a new process finds
     loaded = kernels.get(key)
     assert loaded is not compiled and (loaded.origin, loaded.path, loaded.cubin) == ("disk", compiled.path, compiled.cubin)

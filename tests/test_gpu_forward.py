@@ -35,7 +35,10 @@ class Case:
 
     def __str__(self) -> str:
         mask = "causal" if self.causal else "full"
-        return f"{self.dtype}-d{self.head_dim}-{mask}-{self.heads}-{self.seqlens[0]}x{self.seqlens[1]}-{self.order}" + "-strided" * self.extra_strides
+        return (
+            f"{self.dtype}-d{self.head_dim}-{mask}-{self.heads}-{self.seqlens[0]}x{self.seqlens[1]}-{self.order}"
+            + "-strided" * self.extra_strides
+        )
 
     def arrays(self, seed: int | None = None) -> tuple[Any, Any, Any]:
         import cupy
@@ -175,9 +178,7 @@ def test_offsets_beyond_32_bits() -> None:
     small = Case("bf16", 64, True, seqlens=(130, 130)).arrays()
     buffer = cupy.empty(apart + 2**20, np.uint16).view(small[0].dtype)
     strides = (apart * 2, 2 * 64 * 2, 64 * 2, 2)
-    views = [
-        cupy.ndarray(small[0].shape, small[0].dtype, buffer.data + offset * 2, strides=strides) for offset in (0, 2**17, 2**18, 2**19)
-    ]
+    views = [cupy.ndarray(small[0].shape, small[0].dtype, buffer.data + offset * 2, strides=strides) for offset in (0, 2**17, 2**18, 2**19)]
     for view, values in zip(views[:3], small, strict=True):
         view[...] = values
     views[3][...] = np.nan
@@ -314,5 +315,3 @@ def test_refusals_launch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for options in ({"window_size": (5, 5)}, {"alibi_slopes": cupy.zeros(2, np.float32)}, {"causal": True, "sink_tokens": 4}):
         with pytest.raises(errors.UnsupportedCell, match="not built yet"):
             attend(q, k, v, **options)
-
-

@@ -102,7 +102,11 @@ def test_problem_describes_its_call() -> None:
         ({"k": contiguous((2, 128, 3, 128)), "v": contiguous((2, 128, 3, 128))}, errors.InvalidGqaRatio, "num_heads_kv=3"),
         ({"q": contiguous((2, 64, 8, 128), "float32")}, errors.UnsupportedDtype, "q has dtype float32"),
         ({"v": contiguous((2, 128, 2, 128), "f16")}, errors.InvalidArgument, "v has dtype f16"),
-        ({"q": replace(Q, dtype="e4m3"), "k": replace(KV, dtype="e4m3"), "v": replace(KV, dtype="e4m3")}, errors.Fp8MustUseFp8Request, "e4m3"),
+        (
+            {"q": replace(Q, dtype="e4m3"), "k": replace(KV, dtype="e4m3"), "v": replace(KV, dtype="e4m3")},
+            errors.Fp8MustUseFp8Request,
+            "e4m3",
+        ),
         ({"v": replace(KV, device=1)}, errors.InvalidArgument, "v is on device 1"),
         ({"q": replace(Q, strides=(8 * 64 * 256, 8 * 256, 256, 2))}, errors.InvalidArgument, "last dimension must be contiguous"),
         ({"k": replace(KV, strides=(128 * 2 * 132, 2 * 132, 132, 1))}, errors.InvalidArgument, "k has strides .* dimension 2"),
@@ -123,9 +127,9 @@ def test_strides_of_single_elements_do_not_matter() -> None:
 
 
 def test_misaligned_address_is_refused_by_name() -> None:
-    check_pointers(q=256, out=4096)
+    check_pointers((256, 512, 1024, 4096))
     with pytest.raises(errors.InvalidArgument, match="v starts at address 0x102"):
-        check_pointers(q=256, v=258)
+        check_pointers((256, 512, 258, 4096))
 
 
 # ---- the public function, as far as a machine without a GPU can see --------------------------------------------------------------------

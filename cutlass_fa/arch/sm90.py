@@ -1,6 +1,6 @@
 """Hopper (sm_90a): limits and the tile table of the fa3 forward.
 
-Tiles start from FlashAttention-3's table; a row that a measurement changed says where.
+Tiles are data: FlashAttention-3's table was the start, tools/sweep_tiles.py the judge.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Fa3FwdTile:
 
 
 def _two(tile_n: int, **options: int | bool) -> Fa3FwdTile:
-    """Two consumer warpgroups: 128 query rows, P kept in registers beside S and O."""
-    return Fa3FwdTile(128, tile_n, producer_registers=24, consumer_registers=240, **options)  # type: ignore[arg-type]
+    """Two consumer warpgroups: 128 query rows. The producer needs 40 registers: at 24 its tile decoding spills."""
+    return Fa3FwdTile(128, tile_n, producer_registers=40, consumer_registers=232, **options)  # type: ignore[arg-type]
 
 
 def _three(tile_n: int, **options: int | bool) -> Fa3FwdTile:
@@ -38,18 +38,19 @@ def _three(tile_n: int, **options: int | bool) -> Fa3FwdTile:
     return Fa3FwdTile(192, tile_n, producer_registers=32, consumer_registers=160, **options)  # type: ignore[arg-type]
 
 
-# (head_dim, causal) -> tile
+# (head_dim, causal) -> tile. Chosen by tools/sweep_tiles.py on an H100 80GB HBM3 (driver 580.159, NVRTC 13.0, bf16, 16k tokens, seqlen 4k
+# and 16k): the best geometric mean of both, FlashAttention-3's tile where the difference was within the run's spread (3%).
 FA3_FWD_TILES: dict[tuple[int, bool], Fa3FwdTile] = {
-    (64, False): _three(128),
+    (64, False): _three(112),
     (64, True): _three(128),
-    (80, False): _two(192, swizzle_bytes=64),
-    (80, True): _two(128, swizzle_bytes=64),
-    (96, False): _two(192, swizzle_bytes=64),
-    (96, True): _two(128, swizzle_bytes=64),
+    (80, False): _three(112, swizzle_bytes=64),
+    (80, True): _three(96, swizzle_bytes=64),
+    (96, False): _three(112, swizzle_bytes=64),
+    (96, True): _three(112, swizzle_bytes=64),
     (128, False): _two(176),
     (128, True): _two(128),
-    (192, False): _two(112, pingpong=False),
+    (192, False): _two(112),
     (192, True): _two(112, pingpong=False),
-    (256, False): _two(80, pingpong=False),
+    (256, False): _two(80),
     (256, True): _two(80, pingpong=False),
 }

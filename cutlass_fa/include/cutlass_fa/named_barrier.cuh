@@ -1,21 +1,15 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Hardware barriers of a CTA, numbered from 0 for this project's use (CUTLASS keeps the first few hardware ids, __syncthreads' among
-// them, for itself). A barrier opens when `threads` threads have synced or arrived.
+// Hardware barriers of a CTA, numbered 0 to 14 here; the hardware's barrier 0 is __syncthreads'. A barrier opens when `threads` threads
+// have synced or arrived.
 #pragma once
-
-#include <cutlass/arch/barrier.h>
 
 #include <cutlass_fa/base.cuh>
 
 namespace cutlass_fa {
 
-CUTLASS_FA_DEVICE void named_barrier_sync(int id, int threads) {
-  cutlass::arch::NamedBarrier::sync(static_cast<uint32_t>(threads), static_cast<uint32_t>(id));
-}
+CUTLASS_FA_DEVICE void named_barrier_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id + 1), "r"(threads) : "memory"); }
 
 // Counts this thread without waiting.
-CUTLASS_FA_DEVICE void named_barrier_arrive(int id, int threads) {
-  cutlass::arch::NamedBarrier::arrive(static_cast<uint32_t>(threads), static_cast<uint32_t>(id));
-}
+CUTLASS_FA_DEVICE void named_barrier_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id + 1), "r"(threads) : "memory"); }
 
 }  // namespace cutlass_fa

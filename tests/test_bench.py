@@ -1,0 +1,281 @@
+"""tools/bench.py without a GPU: the grid and its rows, the order of measuring, the file of runs, tables and plots."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import shlex
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tools import bench, bench_report
+from tools.bench import Point, interleaved_medians
+from tools.bench_device import ArrayDevice, Call, Prepare
+from tools.bench_report import COLUMNS, Row, Run, aligned, append_run, load_runs, markdown, other_rows, results_name, table
+
+
+def made_up_run(**changes: Any) -> Run:
+    """Two masks, two lengths, two peers, with host and ceiling rows."""
+    rows = [
+        Point("bf16", 128, seqlen, causal).row(peer, milliseconds * seqlen / 4096)
+        for seqlen in (4096, 16384)
+        for causal in (False, True)
+        for peer, milliseconds in (("fa3", 0.8), ("cutlass_fa", 0.75), ("cudnn", 0.7))
+    ]
+    rows.append(Point("bf16", 128, 4096, True, gqa_ratio=4).row("cutlass_fa", 0.5))
+    rows.append(Row("cutlass_fa", "host", "bf16", 128, 1, 16, 16, 64, 0, "cupy out=", 0.0123))
+    rows.append(Row("ceiling", "copy", "bf16", 0, 0, 0, 0, 0, 0, "2GiB d2d", 1.423, None, 3018.2))
+    rows.append(Row("ceiling", "matmul", "bf16", 0, 0, 0, 0, 8192, 0, "", 1.49, 738.0))
+    run = Run(
+        commit="0123abcd" * 5,
+        device="NVIDIA H100 80GB HBM3",
+        driver="580.1",
+        versions={"cutlass_fa": "0.1.0", "NVRTC": "13.5"},
+        date="2026-01-02T03:04:05+00:00",
+        command="python tools/bench.py",
+        rows=tuple(rows),
+    )
+    return replace(run, **changes)
+
+
+def test_default_grid_is_the_design_s() -> None:
+    points = list(bench.grid(bench.run_parser().parse_args([])))
+    assert len(points) == 3 * 3 * 2
+    for point in points:
+        assert point.batch * point.seqlen == 16384 and point.num_heads_q * point.head_dim == 2048
+        assert point.q_shape == point.kv_shape
+    assert {(point.head_dim, point.seqlen, point.causal) for point in points} >= {(64, 1024, False), (256, 16384, True)}
+
+
+def test_grid_options() -> None:
+    options = shlex.split("--head-dims 96 256 --seqlens 32768 --causal causal --gqa 1 4 --dtypes f16")
+    points = list(bench.grid(bench.run_parser().parse_args(options)))
+    assert [(p.head_dim, p.gqa_ratio) for p in points] == [(96, 1), (256, 1), (256, 4)], "4 does not divide 21 heads"
+    assert all(p.causal and p.dtype == "f16" and p.batch == 1 for p in points)
+    assert points[-1].q_shape == (1, 32768, 8, 256) and points[-1].kv_shape == (1, 32768, 2, 256)
+
+
+def test_row_formula() -> None:
+    """The published figures of FlashAttention-3 at 16k: 3.10326 ms are 708.6 TFLOP/s, causal 1.55365 ms are 707.7."""
+    row = Point("bf16", 128, 16384, False).row("fa3", 3.10326)
+    assert row.as_dict() == {
+        **{"peer": "fa3", "pass": "fwd", "dtype": "bf16", "d": 128, "b": 1, "h": 16, "hk": 16, "s": 16384},
+        **{"causal": 0, "extra": "", "ms": 3.10326, "tflops": 708.6, "gbs": None},
+    }
+    causal = Point("bf16", 128, 16384, True).row("fa3", 1.55365)
+    assert causal.tflops == 707.7 and causal.causal == 1
+    grouped = Point("bf16", 128, 8192, True, gqa_ratio=4).row("fa3", 1.0, "disagrees")
+    assert (grouped.b, grouped.h, grouped.hk, grouped.extra) == (2, 16, 4, "gqa4 disagrees")
+
+
+def test_columns_make_a_csv() -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS)
+    writer.writeheader()
+    writer.writerow(made_up_run().rows[0].as_dict())
+    assert text.getvalue().splitlines()[0] == "peer,pass,dtype,d,b,h,hk,s,causal,extra,ms,tflops,gbs"
+
+
+def test_peers_take_turns() -> None:
+    order: list[str] = []
+    calls: dict[str, Call] = {name: partial(str, name) for name in "abc"}
+    speed = iter(range(100))
+
+    def timings(call: Any, count: int) -> list[float]:
+        order.append(call())
+        return [float(next(speed))] * count
+
+    medians = interleaved_medians(calls, timings, rounds=4, count=3)
+    assert "".join(order) == "abc" + "bca" + "cab" + "abc"
+    # Turn t took t milliseconds: a had turns 0, 5, 7, 9; b had 1, 3, 8, 10; c had 2, 4, 6, 11.
+    assert medians == {"a": 6.0, "b": 5.5, "c": 5.0}
+
+
+def test_runs_are_appended_and_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "h100.json"
+    first, second = made_up_run(), made_up_run(commit="f" * 40 + "-dirty", rows=made_up_run().rows[:2])
+    append_run(path, first)
+    append_run(path, second)
+    assert load_runs(path) == [first, second]
+    assert [entry.name for entry in path.parent.iterdir()] == ["h100.json"]
+    stored = json.loads(path.read_text())
+    assert set(stored[0]) == {"commit", "device", "driver", "versions", "date", "command", "rows"}
+    assert all(list(row) == list(COLUMNS) for run in stored for row in run["rows"])
+    assert len(path.read_text().splitlines()) < 60, "a row takes one line"
+    assert load_runs(tmp_path / "none.json") == []
+
+
+def test_a_time_that_is_no_number_is_not_stored(tmp_path: Path) -> None:
+    row = replace(made_up_run().rows[0], ms=math.nan)
+    with pytest.raises(ValueError, match="JSON compliant"):
+        append_run(tmp_path / "h100.json", made_up_run(rows=(row,)))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100.json"),
+        ("NVIDIA H200", "h200.json"),
+        ("NVIDIA A100-SXM4-80GB", "a100.json"),
+        ("NVIDIA GeForce RTX 4090", "nvidia_geforce_rtx_4090.json"),
+    ],
+)
+def test_results_file_is_the_gpu_s(device: str, name: str) -> None:
+    assert results_name(device) == name
+
+
+def test_table_sets_peers_side_by_side() -> None:
+    lines = table(made_up_run().rows)
+    assert lines[0] == ["dtype", "head_dim", "heads", "mask", "seqlen", "cutlass_fa", "fa3", "cudnn", "of fa3", "of best peer"]
+    assert [line[2:5] for line in lines[1:]] == [
+        ["16", "full", "4096"],
+        ["16", "full", "16384"],
+        ["16", "causal", "4096"],
+        ["16", "causal", "16384"],
+        ["16/4", "causal", "4096"],
+    ]
+    assert lines[1][5:] == ["733", "687", "785", "1.07", "0.93"]
+    assert lines[5][5:] == ["550", "-", "-", "-", "-"], "a peer that was not there leaves a gap"
+
+
+def test_table_without_peers_has_no_ratios() -> None:
+    assert table([Point("bf16", 64, 1024, True).row("cutlass_fa", 0.2)])[0][-1] == "cutlass_fa"
+    assert other_rows([]) == []
+
+
+def test_host_times_and_ceilings() -> None:
+    assert other_rows(made_up_run().rows)[1:] == [
+        ["cutlass_fa host cupy out=", "12.3 us"],
+        ["ceiling copy 2GiB d2d", "3018 GB/s"],
+        ["ceiling matmul", "738 TFLOP/s"],
+    ]
+
+
+def test_text_tables() -> None:
+    lines = [["a", "bb"], ["123", "4"]]
+    assert aligned(lines) == "  a  bb\n123   4"
+    assert markdown(lines) == "| a | bb |\n| ---: | ---: |\n| 123 | 4 |"
+
+
+def test_table_command_prints_the_newest_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "h100.json"
+    append_run(path, made_up_run(device="NVIDIA H100 OLD"))
+    append_run(path, made_up_run())
+    assert bench.main(["table", str(path)]) == 0
+    told = capsys.readouterr().out
+    assert "80GB HBM3, driver 580.1; cutlass_fa 0.1.0, NVRTC 13.5; 2026-01-02, commit 0123abcd0123" in told
+    assert "| bf16 | 128 | 16 | full | 4096 | 733 | 687 | 785 | 1.07 | 0.93 |" in told and "OLD" not in told
+    assert bench.main(["table", str(path), "--run", "0"]) == 0
+    assert "OLD" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        bench.main(["table", str(path), "--run", "7"])
+
+
+def test_plot_command_writes_a_png(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "h100.json"
+    append_run(path, made_up_run())
+    assert bench.main(["plot", str(path)]) == 0
+    assert [Path(line).name for line in capsys.readouterr().out.splitlines()] == ["h100_fwd_bf16.png"]
+    assert (tmp_path / "h100_fwd_bf16.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_command_line_keeps_no_folders() -> None:
+    arguments = ["--fa3-library", "/tmp/somewhere/fa3.so", "--seqlens", "1024"]
+    assert bench.command_line(arguments) == "python tools/bench.py --fa3-library fa3.so --seqlens 1024"
+
+
+def test_commit_outside_a_checkout_is_unknown(tmp_path: Path) -> None:
+    assert bench.commit_of(tmp_path) == "unknown"
+
+
+def test_host_time_counts_the_call_alone() -> None:
+    calls, waits = [], []
+    microseconds = bench.host_microseconds(lambda: calls.append(1), lambda: waits.append(1), batches=3, count=10)
+    assert len(calls) == 40 and len(waits) == 4 and 0 < microseconds < 1000
+
+
+class FakeDevice(ArrayDevice):
+    """Arrays that are their shapes, and timings made up: what is left is bench.py's own work."""
+
+    library = "fake"
+    gpu_name = "NVIDIA H200"
+
+    def __init__(self, difference: float = 0.01) -> None:
+        self.difference = difference
+
+    def versions(self) -> dict[str, str]:
+        return {"cutlass_fa": "0"}
+
+    def own_call(self, q: Any, k: Any, v: Any, causal: bool) -> Call:
+        return lambda: 0.0
+
+    def peers(self, fa3_library: Path | None) -> dict[str, Prepare]:
+        def refuse(q: Any, k: Any, v: Any, causal: bool) -> Call:
+            raise RuntimeError("no such kernel")
+
+        return {"cutlass_fa": self.own_call, "fa2": lambda *arrays: lambda: 0.25, "cudnn": refuse}
+
+    def normal(self, shape: tuple[int, ...], dtype: str) -> Any:
+        return shape
+
+    def empty_like(self, x: Any) -> Any:
+        return x
+
+    def timings(self, call: Call, count: int) -> list[float]:
+        return [1.0 + call()] * count
+
+    def synchronize(self) -> None:
+        pass
+
+    def max_difference(self, a: Any, b: Any) -> float:
+        return self.difference
+
+    def copy_call(self) -> tuple[int, Call]:
+        return 2 << 30, lambda: 0.0
+
+    def host_calls(self, q: Any, k: Any, v: Any) -> list[tuple[str, str, Call]]:
+        return [("cutlass_fa", "fake out=", lambda: None)]
+
+
+@pytest.mark.parametrize(("difference", "status", "extra"), [(0.01, 0, ""), (0.5, 1, "disagrees"), (math.nan, 1, "disagrees")])
+def test_a_run_from_end_to_end(
+    difference: float, status: int, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "current_devices", lambda: [FakeDevice(difference)])
+    monkeypatch.setattr(bench, "WARM_UP_S", 0.0)
+    output = tmp_path / "h200.json"
+    options = shlex.split("--head-dims 128 --seqlens 1024 4096 --causal full --host --ceilings --commit abc --output")
+    assert bench.main([*options, str(output)]) == status
+    (run,) = load_runs(output)
+    assert (run.commit, run.device) == ("abc", "NVIDIA H200") and "--head-dims 128" in run.command
+    assert [row.peer for row in run.rows] == ["cutlass_fa", "ceiling", *["cutlass_fa", "fa2"] * 2]
+    assert [row.extra for row in run.rows[2:4]] == [extra, ""]
+    told = capsys.readouterr()
+    assert "cudnn cannot do Point(dtype='bf16', head_dim=128, seqlen=1024" in told.err and "no such kernel" in told.err
+    assert "fa2" in told.out and "ceiling copy 2GiB d2d" in told.out and "appended to" in told.out
+
+
+def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    monkeypatch.setattr("tools.bench_device.hopper_problem", lambda: "there is no GPU")
+    assert bench.main(["--output", str(tmp_path / "x.json")]) == 1
+    assert "nothing to measure: there is no GPU" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.gpu
+def test_measure_a_point_on_the_gpu(tmp_path: Path) -> None:
+    output = tmp_path / "results.json"
+    options = shlex.split("--head-dims 128 --seqlens 1024 --rounds 2 --calls 3 --host --ceilings --commit test --output")
+    assert bench.main([*options, str(output)]) == 0
+    (run,) = load_runs(output)
+    own = [row for row in run.rows if row.peer == "cutlass_fa" and row.direction == "fwd"]
+    assert len(own) == 2 and all(row.ms > 0 and row.tflops is not None and row.tflops > 10 for row in own)
+    assert any(row.direction == "host" for row in run.rows) and any(row.peer == "ceiling" for row in run.rows)
+    assert bench_report.table(run.rows)[0][5] == "cutlass_fa"

@@ -1,0 +1,189 @@
+"""The golden cells: generated/ holds the bytes that the templates give, and NVRTC makes of each the machine code it should."""
+
+from __future__ import annotations
+
+import shutil
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cutlass_fa import kernels
+from cutlass_fa.arch.sm90 import REGISTERS_PER_SM
+from cutlass_fa.cache import IMAGE_FILE
+from cutlass_fa.cell import Cell
+from cutlass_fa.compile import Cubin, compile_source
+from cutlass_fa.disassembly import instruction_counts, local_memory_instructions, tensor_core_instructions
+from cutlass_fa.dispatch import DISPATCH_TABLE, DispatchKey
+from cutlass_fa.render import include_dir, render
+from tests.needs import needs_nvdisasm, needs_nvrtc
+from tools import flatten, regenerate_kernels
+
+GOLDEN = list(DISPATCH_TABLE)
+MAX_COMPILE_SECONDS = 3.0
+MAX_STORED_BYTES = 64 * 1024
+MAX_LINES = 450
+
+
+# ---- generated/ ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", GOLDEN, ids=str)
+def test_generated_file_is_what_the_templates_give(key: DispatchKey) -> None:
+    path = regenerate_kernels.GENERATED / f"{key}.cu"
+    assert path.is_file(), f"{path.name} is missing: run python tools/regenerate_kernels.py"
+    text = render(Cell.of(key)).text
+    assert path.read_bytes() == text.encode(), "\n".join(
+        ["run python tools/regenerate_kernels.py", *regenerate_kernels.short_diff(path, text)]
+    )
+    assert text.count("\n") <= MAX_LINES
+
+
+def test_no_stale_generated_files() -> None:
+    assert regenerate_kernels.stale_files() == []
+
+
+@pytest.mark.parametrize("key", [key for key in DISPATCH_TABLE.valid_keys() if not key.causal], ids=str)
+def test_full_mask_leaves_no_causal_word(key: DispatchKey) -> None:
+    """As test_render.py holds every other feature: off, its word does not stand in the unit."""
+    assert "causal" not in render(Cell.of(key)).text.lower()
+    assert "is_causal" not in render(Cell.of(replace(key, causal=True))).text
+
+
+@pytest.fixture
+def generated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of generated/ that the tool works on."""
+    copy = tmp_path / "generated"
+    shutil.copytree(regenerate_kernels.GENERATED, copy)
+    monkeypatch.setattr(regenerate_kernels, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(regenerate_kernels, "GENERATED", copy)
+    return copy
+
+
+def test_regenerate_repairs_and_rewrites_nothing_else(generated: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changed, untouched = (generated / f"{key}.cu" for key in GOLDEN[:2])
+    good = changed.read_bytes()
+    changed.write_bytes(good.replace(b"kTileM", b"kTileX"))
+    (generated / "fa3_fwd_sm90a_bf16_hdim999.cu").write_text("// no such cell\n")
+    (generated / "README.md").write_text("not a kernel\n")
+    stamp = untouched.stat().st_mtime_ns
+
+    assert regenerate_kernels.main(["--check"]) == 1
+    told = capsys.readouterr().out
+    assert "+constexpr int kTileM" in told and "-constexpr int kTileX" in told and "hdim999.cu belongs to no registered cell" in told
+    assert changed.read_bytes() != good, "--check writes nothing"
+
+    assert regenerate_kernels.main([str(GOLDEN[1])]) == 0  # one cell alone: neither the other's damage nor stale files are its business
+    assert changed.read_bytes() != good and (generated / "fa3_fwd_sm90a_bf16_hdim999.cu").exists()
+
+    assert regenerate_kernels.main([]) == 0
+    assert changed.read_bytes() == good and untouched.stat().st_mtime_ns == stamp
+    assert sorted(path.name for path in generated.iterdir()) == sorted(["README.md", *(f"{key}.cu" for key in GOLDEN)])
+    assert regenerate_kernels.main(["--check"]) == 0
+
+
+def test_regenerate_refuses_a_cell_that_is_not_registered(generated: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        regenerate_kernels.main(["fa3_fwd_sm90a_f16_hdim64"])
+    assert stopped.value.code == 2 and "not a registered cell" in capsys.readouterr().err
+
+
+# ---- machine code --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache of this module's own, so that every golden cell is compiled by this very tool chain."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUTLASS_FA_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        patch.delenv("CUTLASS_FA_PACK_DIRS", raising=False)
+        kernels.forget()
+        yield
+        kernels.forget()
+
+
+@pytest.fixture
+def cubin(compiled: None, key: DispatchKey) -> Cubin:
+    return kernels.get(key).cubin
+
+
+@needs_nvrtc
+@pytest.mark.compile
+@pytest.mark.parametrize("key", GOLDEN, ids=str)
+def test_resources_are_as_computed(key: DispatchKey, cubin: Cubin) -> None:
+    cell = Cell.of(key)
+    assert cubin.spill_bytes == 0
+    assert cubin.static_smem_bytes == 0, "all shared memory is dynamic"
+    # The unit's own static_assert holds sizeof(SharedStorage) to this number, so that compiling it proved it.
+    assert f"static_assert(sizeof(SharedStorage) == {cell.smem_bytes}" in render(cell).text
+    assert kernels.get(key).source.smem_bytes == cell.smem_bytes
+    # Every thread starts with an equal share of the register file, and setmaxnreg moves registers from there.
+    assert cubin.registers == REGISTERS_PER_SM // cell.threads // 8 * 8
+    assert cubin.warnings == ()
+
+
+@needs_nvdisasm
+@needs_nvrtc
+@pytest.mark.compile
+@pytest.mark.parametrize("key", GOLDEN, ids=str)
+def test_machine_code_has_the_matrix_instructions_and_no_spills(key: DispatchKey, cubin: Cubin) -> None:
+    cell = Cell.of(key)
+    blocks = 3 if key.causal else 2  # Q K^T: the first block and the loop's; P V: the loop's and the last. Causal masks have a second loop.
+    suffix = "x16.F32.BF16" if key.dtype == "bf16" else "x16.F32"
+    expected: Counter[str] = Counter()
+    expected[f"HGMMA.64x{cell.tile_n}{suffix}"] += blocks * cell.head_dim // 16
+    expected[f"HGMMA.64x{cell.head_dim}{suffix}"] += blocks * cell.tile_n // 16
+    found = Counter(tensor_core_instructions(cubin.image))
+    assert set(found) == set(expected) and not expected - found, f"{found}, expected at least {expected}"
+    assert local_memory_instructions(cubin.image) == 0
+    counts = instruction_counts(cubin.image)
+    assert counts["UTMALDG"] >= 3 and counts["USETMAXREG"] == 2  # TMA loads of Q, K and V; each role takes its registers
+
+
+@needs_nvrtc
+@pytest.mark.compile
+@pytest.mark.parametrize("key", GOLDEN, ids=str)
+def test_compile_time_and_size(key: DispatchKey, cubin: Cubin) -> None:
+    path = kernels.get(key).path
+    assert path is not None
+    stored = (path / IMAGE_FILE).stat().st_size
+    assert stored <= MAX_STORED_BYTES and zlib.decompress((path / IMAGE_FILE).read_bytes()) == cubin.image
+    seconds = cubin.compile_seconds
+    for _ in range(2):  # a machine that was busy with something else gets two more tries
+        if seconds <= MAX_COMPILE_SECONDS:
+            break
+        seconds = min(seconds, compile_source(kernels.get(key).source, "again.cu").compile_seconds)
+    assert seconds <= MAX_COMPILE_SECONDS
+
+
+# ---- one file ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_flattened_kernel_has_foreign_includes_only(capsys: pytest.CaptureFixture[str]) -> None:
+    assert flatten.main([str(GOLDEN[0])]) == 0
+    text = capsys.readouterr().out
+    includes = [line for line in text.splitlines() if line.lstrip().startswith("#include")]
+    assert includes and not [line for line in includes if "<cutlass_fa/" in line]
+    assert "#pragma once" not in text
+    for header in include_dir().rglob("*.cuh"):
+        assert text.count(f"// ==== cutlass_fa/{header.name} ====") <= 1
+    assert text.count("CUTLASS_FA_DEVICE __device__ __forceinline__") == 1 and text.count("__global__ void") == 1
+
+
+@needs_nvdisasm
+@needs_nvrtc
+@pytest.mark.compile
+def test_flattened_kernel_is_the_same_kernel(compiled: None) -> None:
+    kernel = kernels.get(GOLDEN[0])
+    flat = replace(kernel.source, text=flatten.flatten(kernel.source.text, include_dir()))
+    image = compile_source(flat, "flat.cu").image
+    assert instruction_counts(image) == instruction_counts(kernel.cubin.image)
+
+
+def test_flatten_refuses_an_unsupported_cell(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        flatten.main(["fa2_fwd_sm80_bf16_hdim64"])
+    assert stopped.value.code == 2 and "not built yet" in capsys.readouterr().err

@@ -1,0 +1,306 @@
+"""Time the kernels on this machine's GPU beside their peers, and keep the results.
+
+    python tools/bench.py [run] [options]     measure, append to benchmarks/<gpu>.json, print a table
+    python tools/bench.py table [FILE]        the newest run as a markdown table
+    python tools/bench.py plot [FILE]         the newest run's TFLOP/s against sequence length as PNGs beside the file
+
+Peers, in the same process and interleaved point by point, since a GPU's clocks follow its temperature and its power budget: PyTorch's
+flash attention (fa2) and cuDNN (cudnn) where PyTorch is installed, FlashAttention-3 (fa3) with --fa3-library, the shared library that
+registers torch.ops.flash_attn_3. A time is the median of CUDA-event timings over all rounds. batch * seqlen is 16k and heads * head_dim
+2048 throughout, inputs are standard normal numbers, and the L2 cache is not flushed: most inputs are larger.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout's package, whatever is installed
+
+from cutlass_fa.demo import forward_flops
+from cutlass_fa.errors import MockMode
+from tools.bench_device import ArrayDevice, Call, Prepare, current_devices
+from tools.bench_report import OWN_PEER, Row, Run, aligned, append_run, load_runs, markdown, other_rows, plot, results_name, table
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+TOKENS = 16384  # batch * seqlen
+WIDTH = 2048  # heads * head_dim
+WARM_UP_S = 1.0
+DISAGREEMENT = 0.05  # between two implementations on standard normal inputs: some roundings of a 16-bit result, no more
+
+DISAGREES = "disagrees"  # the mark of a row whose result is not the peers'
+
+
+@dataclass(frozen=True)
+class Point:
+    """One case of the grid; seqlen_q = seqlen_k = seqlen."""
+
+    dtype: str
+    head_dim: int
+    seqlen: int
+    causal: bool
+    gqa_ratio: int = 1
+
+    @property
+    def batch(self) -> int:
+        return max(1, TOKENS // self.seqlen)
+
+    @property
+    def num_heads_q(self) -> int:
+        return WIDTH // self.head_dim
+
+    @property
+    def num_heads_kv(self) -> int:
+        return self.num_heads_q // self.gqa_ratio
+
+    @property
+    def q_shape(self) -> tuple[int, ...]:
+        return self.batch, self.seqlen, self.num_heads_q, self.head_dim
+
+    @property
+    def kv_shape(self) -> tuple[int, ...]:
+        return self.batch, self.seqlen, self.num_heads_kv, self.head_dim
+
+    def row(self, peer: str, milliseconds: float, remark: str = "") -> Row:
+        """The result row of a forward that took so long."""
+        flops = forward_flops(self.batch, self.num_heads_q, self.seqlen, self.seqlen, self.head_dim, self.causal)
+        gqa = f"gqa{self.gqa_ratio}" if self.gqa_ratio != 1 else ""
+        return Row(
+            peer=peer,
+            direction="fwd",
+            dtype=self.dtype,
+            d=self.head_dim,
+            b=self.batch,
+            h=self.num_heads_q,
+            hk=self.num_heads_kv,
+            s=self.seqlen,
+            causal=int(self.causal),
+            extra=" ".join(filter(None, (gqa, remark))),
+            ms=round(milliseconds, 5),
+            tflops=round(flops / milliseconds / 1e9, 1),
+        )
+
+
+def grid(arguments: argparse.Namespace) -> Iterator[Point]:
+    """The points asked for; a GQA ratio that does not divide the number of heads is left out."""
+    masks = {"full": (False,), "causal": (True,), "both": (False, True)}[arguments.causal]
+    for dtype in arguments.dtypes:
+        for head_dim in arguments.head_dims:
+            for ratio in arguments.gqa:
+                if WIDTH // head_dim % ratio == 0:
+                    for causal in masks:
+                        for seqlen in arguments.seqlens:
+                            yield Point(dtype, head_dim, seqlen, causal, ratio)
+
+
+# ---- measuring -----------------------------------------------------------------------------------------------------------------------
+
+
+def interleaved_medians(calls: dict[str, Call], timings: Callable[[Call, int], list[float]], rounds: int, count: int) -> dict[str, float]:
+    """Median of each call's timings: `rounds` rounds in which every call is timed `count` times, each round starting with another call."""
+    names = list(calls)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    for round_index in range(rounds):
+        first = round_index % len(names)
+        for name in names[first:] + names[:first]:
+            samples[name] += timings(calls[name], count)
+    return {name: statistics.median(found) for name, found in samples.items()}
+
+
+def measure_point(device: ArrayDevice, peers: dict[str, Prepare], point: Point, rounds: int, count: int) -> list[Row]:
+    """Every peer that can do this point; one that cannot says so on stderr and is left out. This library must."""
+    q, k, v = [device.normal(shape, point.dtype) for shape in (point.q_shape, point.kv_shape, point.kv_shape)]
+    calls: dict[str, Call] = {}
+    results: dict[str, Any] = {}
+    for name, prepare in peers.items():
+        try:
+            call = prepare(q, k, v, point.causal)
+            results[name] = call()
+            device.synchronize()
+            calls[name] = call
+        except (RuntimeError, TypeError, AttributeError) as error:
+            if name == OWN_PEER:
+                raise
+            print(f"{name} cannot do {point}: {error}", file=sys.stderr)
+    remark = ""
+    for name, result in results.items():
+        difference = device.max_difference(results[OWN_PEER], result)
+        if not difference <= DISAGREEMENT:  # nor is NaN
+            remark = DISAGREES
+            print(f"{point}: {OWN_PEER} and {name} differ by {difference:.3g}", file=sys.stderr)
+    medians = interleaved_medians(calls, device.timings, rounds, count)
+    return [point.row(name, milliseconds, remark if name == OWN_PEER else "") for name, milliseconds in medians.items()]
+
+
+def measure_host(devices: Sequence[ArrayDevice]) -> Iterator[Row]:
+    """Host time of a small call whose kernel is cached: batch 1, seqlen 64, 16 heads, head_dim 128, bf16."""
+    for device in devices:
+        q, k, v = (device.normal((1, 64, 16, 128), "bf16") for _ in range(3))
+        for peer, extra, call in device.host_calls(q, k, v):
+            microseconds = host_microseconds(call, device.synchronize)
+            yield Row(peer, "host", "bf16", 128, 1, 16, 16, 64, 0, extra, round(microseconds / 1e3, 5))
+
+
+def host_microseconds(call: Call, synchronize: Call, batches: int = 25, count: int = 200) -> float:
+    """Median over batches of the time a call takes to return; the GPU is idle at each batch's start, and its queue never fills."""
+    samples = []
+    for _ in range(batches + 1):
+        start = time.perf_counter()
+        for _ in range(count):
+            call()
+        samples.append((time.perf_counter() - start) / count)
+        synchronize()
+    return 1e6 * statistics.median(samples[1:])
+
+
+def measure_ceilings(device: ArrayDevice) -> Iterator[Row]:
+    """What the GPU does at best: a copy within its memory (bytes read and written), and a matrix product where a library has one."""
+    copied, copy = device.copy_call()
+    milliseconds = statistics.median(device.timings(copy, 20))
+    extra = f"{copied >> 30}GiB d2d"
+    yield Row("ceiling", "copy", "bf16", 0, 0, 0, 0, 0, 0, extra, round(milliseconds, 5), None, round(2 * copied / milliseconds / 1e6, 1))
+    product = device.matmul_call()
+    if product is not None:
+        size, multiply = product
+        milliseconds = statistics.median(device.timings(multiply, 20))
+        yield Row("ceiling", "matmul", "bf16", 0, 0, 0, 0, size, 0, "", round(milliseconds, 5), round(2 * size**3 / milliseconds / 1e9, 1))
+
+
+def warm_up(device: ArrayDevice) -> None:
+    """Bring the clocks to where they stay under load."""
+    _, copy = device.copy_call()
+    end = time.perf_counter() + WARM_UP_S
+    while time.perf_counter() < end:
+        device.timings(copy, 20)
+
+
+# ---- what it was measured with -------------------------------------------------------------------------------------------------------
+
+
+def commit_of(repository: Path) -> str:
+    """HEAD, with "-dirty" where a tracked file differs; "unknown" outside a git checkout."""
+    try:
+        head = _output("git", "-C", str(repository), "rev-parse", "HEAD")
+        changed = _output("git", "-C", str(repository), "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("-dirty" if changed else "")
+
+
+def driver_version() -> str:
+    """As nvidia-smi states it for the first GPU; "unknown" without nvidia-smi."""
+    try:
+        return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "unknown"
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def command_line(arguments: Sequence[str]) -> str:
+    """The command, with paths cut to their last part: where a file lay on the machine tells a reader nothing."""
+    return shlex.join(["python", "tools/bench.py", *(Path(argument).name if "/" in argument else argument for argument in arguments)])
+
+
+# ---- command line --------------------------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 1 without a GPU, or where this library's results disagree with a peer's."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] in (["table"], ["plot"]):
+        return report(argv[0], argv[1:])
+    arguments = run_parser().parse_args(argv[1:] if argv[:1] == ["run"] else argv)
+    try:
+        devices = current_devices()
+    except MockMode as error:
+        print(error, file=sys.stderr)
+        return 1
+    device = devices[0]
+    rows: list[Row] = []
+    warm_up(device)
+    if arguments.host:
+        rows += measure_host(devices)
+    if arguments.ceilings:
+        rows += measure_ceilings(device)
+    peers = device.peers(arguments.fa3_library)
+    if arguments.peers is not None:
+        peers = {name: prepare for name, prepare in peers.items() if name in (OWN_PEER, *arguments.peers)}
+    for point in [] if arguments.no_grid else grid(arguments):
+        measured = measure_point(device, peers, point, arguments.rounds, arguments.calls)
+        rows += measured
+        print(f"{point}: " + ", ".join(f"{row.peer} {row.tflops}" for row in measured), file=sys.stderr, flush=True)
+    run = Run(
+        commit=arguments.commit or commit_of(REPOSITORY),
+        device=device.gpu_name,
+        driver=driver_version(),
+        versions=device.versions() | ({"fa3": arguments.fa3_version or arguments.fa3_library.name} if arguments.fa3_library else {}),
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        command=command_line(argv),
+        rows=tuple(rows),
+    )
+    output = arguments.output or REPOSITORY / "benchmarks" / results_name(device.gpu_name)
+    append_run(output, run)
+    print(f"{run.caption}\nappended to {output}")
+    for lines in (other_rows(rows), table(rows)):
+        if len(lines) > 1:
+            print("\n" + aligned(lines))
+    return 1 if any(DISAGREES in row.extra for row in rows) else 0
+
+
+def run_parser() -> argparse.ArgumentParser:
+    """The options of a measuring run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128, 256], metavar="N")
+    parser.add_argument("--seqlens", type=int, nargs="+", default=[1024, 4096, 16384], metavar="N")
+    parser.add_argument("--dtypes", nargs="+", default=["bf16"], choices=["bf16", "f16"])
+    parser.add_argument("--causal", default="both", choices=["full", "causal", "both"], help="masks (default: both)")
+    parser.add_argument("--gqa", type=int, nargs="+", default=[1], metavar="N", help="query heads to a key head (default: 1)")
+    parser.add_argument("--peers", nargs="*", choices=["fa2", "cudnn", "fa3"], help="only these (default: all there are; none: --peers)")
+    parser.add_argument("--fa3-library", type=Path, metavar="PATH", help="shared library that registers torch.ops.flash_attn_3")
+    parser.add_argument("--fa3-version", metavar="TEXT", help="what to call it in the results (default: the file's name)")
+    parser.add_argument("--rounds", type=int, default=6, metavar="N", help="turns of each peer at a point (default: 6)")
+    parser.add_argument("--calls", type=int, default=10, metavar="N", help="timed calls in a turn (default: 10)")
+    parser.add_argument("--host", action="store_true", help="also the host time of a small cached call")
+    parser.add_argument("--ceilings", action="store_true", help="also a copy and a matrix product")
+    parser.add_argument("--no-grid", action="store_true", help="only what --host and --ceilings ask for")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="results file (default: benchmarks/<gpu>.json)")
+    parser.add_argument("--commit", metavar="HASH", help="commit to record (default: git's HEAD)")
+    return parser
+
+
+def report(command: str, argv: Sequence[str]) -> int:
+    """`table` and `plot`: from the newest run of a results file; returns the exit status."""
+    parser = argparse.ArgumentParser(prog=f"bench.py {command}")
+    parser.add_argument("file", type=Path, nargs="?", default=REPOSITORY / "benchmarks" / "h100.json", metavar="FILE")
+    parser.add_argument("--run", type=int, default=-1, metavar="N", help="which run, 0 the oldest (default: -1, the newest)")
+    arguments = parser.parse_args(argv)
+    runs = load_runs(arguments.file)
+    try:
+        run = runs[arguments.run]
+    except IndexError:
+        parser.error(f"{arguments.file} holds {len(runs)} runs")
+    if command == "plot":
+        for path in plot(run, arguments.file.parent, arguments.file.stem):
+            print(path)
+        return 0
+    print(f"{run.caption}. TFLOP/s, made by `{run.command}`.")
+    for lines in (table(run.rows), other_rows(run.rows)):
+        if len(lines) > 1:
+            print("\n" + markdown(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,233 @@
+"""The GPU as bench.py uses it, through PyTorch's arrays or CuPy's: inputs, peers, CUDA-event timings."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+import cutlass_fa
+from cutlass_fa.demo import hopper_problem
+from cutlass_fa.device import device_info
+from cutlass_fa.errors import MockMode
+from cutlass_fa.toolchain import find_toolchain
+from tools.bench_report import OWN_PEER
+
+COPY_BYTES = 2 << 30
+MATMUL_SIZE = 8192
+
+Call: TypeAlias = Callable[[], Any]
+Prepare: TypeAlias = Callable[[Any, Any, Any, bool], Call]  # (q, k, v, causal) -> a call that returns out, everything allocated
+
+
+def current_devices() -> list[ArrayDevice]:
+    """The current GPU, through PyTorch where it is installed and through CuPy. Raises MockMode where no kernel runs."""
+    problem = hopper_problem()
+    if problem is not None:
+        raise MockMode(f"nothing to measure: {problem}")
+    try:
+        torch = importlib.import_module("torch")
+    except ImportError:
+        return [CupyDevice()]
+    return [TorchDevice(torch), CupyDevice()] if torch.cuda.is_available() else [CupyDevice()]
+
+
+class ArrayDevice(ABC):
+    """The current CUDA device and an array library on it. Arrays are (batch, seqlen, heads, head_dim)."""
+
+    library: str
+
+    @property
+    def gpu_name(self) -> str:
+        import cupy
+
+        return device_info(cupy.cuda.runtime.getDevice()).name
+
+    def versions(self) -> dict[str, str]:
+        """Of everything that takes part in a measurement."""
+        toolchain = find_toolchain()
+        return {
+            OWN_PEER: cutlass_fa.__version__,
+            "NVRTC": toolchain.nvrtc_version,
+            "CUTLASS": toolchain.cutlass_version,
+            "CuPy": str(importlib.import_module("cupy").__version__),
+            "Python": platform.python_version(),
+        }
+
+    def own_call(self, q: Any, k: Any, v: Any, causal: bool) -> Call:
+        """This library, writing into an array made beforehand."""
+        out = self.empty_like(q)
+        return lambda: cutlass_fa.flash_attn_func(q, k, v, causal=causal, out=out)
+
+    def peers(self, fa3_library: Path | None) -> dict[str, Prepare]:
+        """Who can be timed, by name."""
+        return {OWN_PEER: self.own_call}
+
+    def host_calls(self, q: Any, k: Any, v: Any) -> list[tuple[str, str, Call]]:
+        """Calls whose host time is of interest: (peer, remark, call)."""
+        return [
+            (OWN_PEER, f"{self.library} out=", self.own_call(q, k, v, False)),
+            (OWN_PEER, self.library, lambda: cutlass_fa.flash_attn_func(q, k, v)),
+        ]
+
+    @abstractmethod
+    def normal(self, shape: tuple[int, ...], dtype: str) -> Any:
+        """Standard normal numbers in "bf16" or "f16"."""
+
+    @abstractmethod
+    def empty_like(self, x: Any) -> Any: ...
+
+    @abstractmethod
+    def timings(self, call: Call, count: int) -> list[float]:
+        """CUDA-event timings of `count` calls in milliseconds, after two that are not timed and give the queue a lead over the host."""
+
+    @abstractmethod
+    def synchronize(self) -> None: ...
+
+    @abstractmethod
+    def max_difference(self, a: Any, b: Any) -> float:
+        """max|a - b|; NaN where either holds one."""
+
+    @abstractmethod
+    def copy_call(self) -> tuple[int, Call]:
+        """A copy within the GPU's memory: (bytes, call)."""
+
+    def matmul_call(self) -> tuple[int, Call] | None:
+        """A square product in bf16: (size, call), or None without a library for it."""
+        return None
+
+
+class TorchDevice(ArrayDevice):
+    """PyTorch's tensors, with every peer that PyTorch brings or can load."""
+
+    library = "torch"
+
+    def __init__(self, torch: Any) -> None:
+        self._torch = torch
+        self._attention = importlib.import_module("torch.nn.attention")
+        self._dtypes = {"bf16": torch.bfloat16, "f16": torch.float16}
+
+    def versions(self) -> dict[str, str]:
+        torch = self._torch
+        return super().versions() | {"PyTorch": str(torch.__version__), "cuDNN": _cudnn_version(torch.backends.cudnn.version())}
+
+    def peers(self, fa3_library: Path | None) -> dict[str, Prepare]:
+        backends = self._attention.SDPBackend
+        found = {**super().peers(fa3_library), "fa2": self._sdpa(backends.FLASH_ATTENTION), "cudnn": self._sdpa(backends.CUDNN_ATTENTION)}
+        if fa3_library is not None:
+            self._torch.ops.load_library(str(fa3_library))
+            found["fa3"] = self._fa3_call
+        return found
+
+    def host_calls(self, q: Any, k: Any, v: Any) -> list[tuple[str, str, Call]]:
+        calls = super().host_calls(q, k, v)
+        for name, prepare in self.peers(None).items():
+            if name != OWN_PEER:
+                calls.append((name, "torch sdpa", prepare(q, k, v, False)))
+        return calls
+
+    def _sdpa(self, backend: Any) -> Prepare:
+        """torch.nn.functional.scaled_dot_product_attention held to one backend, on transposed views of the same memory."""
+        attention = self._torch.nn.functional.scaled_dot_product_attention
+        sdpa_kernel = self._attention.sdpa_kernel
+
+        def prepare(q: Any, k: Any, v: Any, causal: bool) -> Call:
+            views = [x.transpose(1, 2) for x in (q, k, v)]
+            grouped = q.shape[2] != k.shape[2]
+
+            def call() -> Any:
+                with sdpa_kernel(backend):
+                    return attention(*views, is_causal=causal, enable_gqa=grouped).transpose(1, 2)
+
+            return call
+
+        return prepare
+
+    def _fa3_call(self, q: Any, k: Any, v: Any, causal: bool) -> Call:
+        forward, scale = self._torch.ops.flash_attn_3.fwd, q.shape[3] ** -0.5
+        return lambda: forward(q, k, v, softmax_scale=scale, is_causal=causal)[0]
+
+    def normal(self, shape: tuple[int, ...], dtype: str) -> Any:
+        return self._torch.randn(shape, dtype=self._dtypes[dtype], device="cuda")
+
+    def empty_like(self, x: Any) -> Any:
+        return self._torch.empty_like(x)
+
+    def timings(self, call: Call, count: int) -> list[float]:
+        event = self._torch.cuda.Event
+        pairs = [(event(enable_timing=True), event(enable_timing=True)) for _ in range(count)]
+        call()
+        call()
+        for start, stop in pairs:
+            start.record()
+            call()
+            stop.record()
+        self._torch.cuda.synchronize()
+        return [start.elapsed_time(stop) for start, stop in pairs]
+
+    def synchronize(self) -> None:
+        self._torch.cuda.synchronize()
+
+    def max_difference(self, a: Any, b: Any) -> float:
+        return float((a.float() - b.float()).abs().max())
+
+    def copy_call(self) -> tuple[int, Call]:
+        source, destination = (self._torch.zeros(COPY_BYTES, dtype=self._torch.uint8, device="cuda") for _ in range(2))
+        return COPY_BYTES, lambda: destination.copy_(source)
+
+    def matmul_call(self) -> tuple[int, Call]:
+        a, b = (self.normal((MATMUL_SIZE, MATMUL_SIZE), "bf16") for _ in range(2))
+        out = self._torch.empty_like(a)
+        return MATMUL_SIZE, lambda: self._torch.mm(a, b, out=out)
+
+
+class CupyDevice(ArrayDevice):
+    """CuPy's arrays: this library alone, and nothing that needs cuBLAS or cuRAND, which its wheel does not bring."""
+
+    library = "cupy"
+
+    def __init__(self) -> None:
+        import cupy
+        import ml_dtypes
+
+        self._cupy = cupy
+        self._dtypes = {"bf16": np.dtype(ml_dtypes.bfloat16), "f16": np.dtype(np.float16)}
+        self._rng = np.random.default_rng(0)
+
+    def normal(self, shape: tuple[int, ...], dtype: str) -> Any:
+        values = self._rng.standard_normal(shape, dtype=np.float32).astype(self._dtypes[dtype])
+        return self._cupy.asarray(values.view(np.uint16)).view(values.dtype)
+
+    def empty_like(self, x: Any) -> Any:
+        return self._cupy.empty_like(x)
+
+    def timings(self, call: Call, count: int) -> list[float]:
+        pairs = [(self._cupy.cuda.Event(), self._cupy.cuda.Event()) for _ in range(count)]
+        call()
+        call()
+        for start, stop in pairs:
+            start.record()
+            call()
+            stop.record()
+        self.synchronize()
+        return [self._cupy.cuda.get_elapsed_time(start, stop) for start, stop in pairs]
+
+    def synchronize(self) -> None:
+        self._cupy.cuda.get_current_stream().synchronize()
+
+    def max_difference(self, a: Any, b: Any) -> float:
+        return float(abs(a.astype(np.float32) - b.astype(np.float32)).max())
+
+    def copy_call(self) -> tuple[int, Call]:
+        source, destination = (self._cupy.zeros(COPY_BYTES, np.uint8) for _ in range(2))
+        return COPY_BYTES, lambda: destination.data.copy_from_device_async(source.data, COPY_BYTES)
+
+
+def _cudnn_version(number: int | None) -> str:
+    """91900 is 9.19.0."""
+    return "none" if number is None else f"{number // 10000}.{number // 100 % 100}.{number % 100}"

@@ -1,0 +1,235 @@
+"""What a benchmark run leaves behind: its rows, the JSON file of runs, tables and plots. Needs no GPU.
+
+A results file (benchmarks/h100.json) is a list of runs, oldest first; each run says with what it was measured and holds its rows. All rows
+of a run come from one GPU in one process, so that its peers may be compared; rows of different runs may not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+OWN_PEER = "cutlass_fa"
+BASELINE_PEER = "fa3"
+PEER_ORDER = (OWN_PEER, "fa3", "cudnn", "fa2")
+COLUMNS = ("peer", "pass", "dtype", "d", "b", "h", "hk", "s", "causal", "extra", "ms", "tflops", "gbs")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement.
+
+    peer: who did it. direction: column "pass" of a file: "fwd", "host" (host time of a call), "copy", "matmul". d: head_dim. b: batch.
+    h, hk: query and key heads. s: sequence length of queries and keys. causal: 0 or 1. extra: what else tells rows apart. ms: median of
+    the timings. tflops, gbs: TFLOP/s and GB/s, None where they say nothing.
+    """
+
+    peer: str
+    direction: str
+    dtype: str
+    d: int
+    b: int
+    h: int
+    hk: int
+    s: int
+    causal: int
+    extra: str
+    ms: float
+    tflops: float | None = None
+    gbs: float | None = None
+
+    @property
+    def case(self) -> tuple[Any, ...]:
+        """What was measured, whoever did it; sorts in reading order."""
+        return (self.direction, self.dtype, self.h != self.hk, self.d, self.causal, self.s, self.h, self.hk, self.extra)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The row under the names of COLUMNS, in their order."""
+        values = {"pass" if name == "direction" else name: value for name, value in asdict(self).items()}
+        return {name: values[name] for name in COLUMNS}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Row:
+        return cls(**{"direction" if name == "pass" else name: values[name] for name in COLUMNS})
+
+
+@dataclass(frozen=True)
+class Run:
+    """One process's measurements and what they were made with.
+
+    commit: of this repository, "-dirty" appended where files differed from it. device, driver: the GPU's name and its driver's version.
+    versions: of every package that took part. date: UTC, ISO 8601. command: the command line.
+    """
+
+    commit: str
+    device: str
+    driver: str
+    versions: dict[str, str]
+    date: str
+    command: str
+    rows: tuple[Row, ...]
+
+    @property
+    def caption(self) -> str:
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        return f"{self.device}, driver {self.driver}; {versions}; {self.date[:10]}, commit {self.commit[:12]}"
+
+
+# ---- the file of runs ----------------------------------------------------------------------------------------------------------------
+
+
+def load_runs(path: Path) -> list[Run]:
+    """The runs of a results file, oldest first; none where there is no file."""
+    if not path.exists():
+        return []
+    return [
+        Run(**{**run, "rows": tuple(Row.from_dict(row) for row in run["rows"])}) for run in json.loads(path.read_text(encoding="utf-8"))
+    ]
+
+
+def append_run(path: Path, run: Run) -> None:
+    """Add a run to a results file, which appears whole or not at all; a row takes one line, so that a diff can be read."""
+    text = "[\n" + ",\n".join(_run_text(each) for each in [*load_runs(path), run]) + "\n]\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _run_text(run: Run) -> str:
+    head = {name: value for name, value in asdict(run).items() if name != "rows"}
+    rows = ",\n".join("  " + json.dumps(row.as_dict(), allow_nan=False) for row in run.rows)
+    return json.dumps(head, indent=1, allow_nan=False)[:-2] + ',\n "rows": [\n' + rows + "\n ]\n}"
+
+
+def results_name(device: str) -> str:
+    """The results file of a GPU: h100.json for an "NVIDIA H100 80GB HBM3", h200.json for an "NVIDIA H200"."""
+    model = re.search(r"\b([A-Z]+\d+[A-Za-z]*)\b", device)
+    return (model[1] if model else re.sub(r"\W+", "_", device).strip("_")).lower() + ".json"
+
+
+# ---- tables --------------------------------------------------------------------------------------------------------------------------
+
+
+def table(rows: Iterable[Row]) -> list[list[str]]:
+    """Forward rows side by side: a header, then a line for each case with every peer's TFLOP/s and what this library's is of theirs."""
+    cases: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in rows:
+        if row.tflops is not None and row.peer != "ceiling":
+            cases.setdefault(row.case, {})[row.peer] = row
+    peers = _ordered({peer for found in cases.values() for peer in found})
+    others = [peer for peer in peers if peer != OWN_PEER]
+    header = ["dtype", "head_dim", "heads", "mask", "seqlen", *peers]
+    if OWN_PEER in peers and others:
+        header += ["of fa3"] * (BASELINE_PEER in others) + ["of best peer"]
+    lines = [header]
+    for case in sorted(cases):
+        found = cases[case]
+        row = next(iter(found.values()))
+        heads = f"{row.h}" if row.h == row.hk else f"{row.h}/{row.hk}"
+        line = [row.dtype, str(row.d), heads, "causal" if row.causal else "full", str(row.s)]
+        line += [_tflops(found.get(peer)) for peer in peers]
+        if OWN_PEER in peers and others:
+            line += [_ratio(found, [BASELINE_PEER])] * (BASELINE_PEER in others) + [_ratio(found, others)]
+        lines.append(line)
+    return lines
+
+
+def _ordered(peers: Iterable[str]) -> list[str]:
+    """This library first, then the peers that everybody knows, then the rest."""
+    found = set(peers)
+    return [peer for peer in PEER_ORDER if peer in found] + sorted(found - set(PEER_ORDER))
+
+
+def _tflops(row: Row | None) -> str:
+    return "-" if row is None or row.tflops is None else f"{row.tflops:.0f}"
+
+
+def _ratio(found: dict[str, Row], others: Sequence[str]) -> str:
+    """This library's speed over the fastest of `others`."""
+    times = [found[peer].ms for peer in others if peer in found]
+    return f"{min(times) / found[OWN_PEER].ms:.2f}" if times and OWN_PEER in found else "-"
+
+
+def other_rows(rows: Iterable[Row]) -> list[list[str]]:
+    """A header, then host times and ceilings, one line each; no lines at all where there are none."""
+    lines = []
+    for row in rows:
+        what = " ".join(part for part in (row.peer, row.direction, row.extra) if part)
+        if row.direction == "host":
+            lines.append([what, f"{1e3 * row.ms:.1f} us"])
+        elif row.peer == "ceiling":
+            lines.append([what, f"{row.tflops:.0f} TFLOP/s" if row.tflops is not None else f"{row.gbs:.0f} GB/s"])
+    return [["measurement", "value"], *lines] if lines else []
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """A table for a terminal."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """A table for a README."""
+    if not lines:
+        return ""
+    rule = ["---:"] * len(lines[0])
+    return "\n".join("| " + " | ".join(line) + " |" for line in (lines[0], rule, *lines[1:]))
+
+
+# ---- plots ---------------------------------------------------------------------------------------------------------------------------
+
+
+def plot(run: Run, directory: Path, stem: str) -> list[Path]:
+    """TFLOP/s against sequence length: a PNG for each direction and dtype, a panel for each mask and head_dim. Needs matplotlib.
+
+    Rows of grouped heads, and cases that no sequence length follows, are left to the table. Returns the files written.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in run.rows if row.tflops is not None and row.peer != "ceiling" and row.h == row.hk and not row.extra]
+    written = []
+    for direction, dtype in sorted({(row.direction, row.dtype) for row in rows}):
+        chosen = [row for row in rows if (row.direction, row.dtype) == (direction, dtype)]
+        head_dims, masks = sorted({row.d for row in chosen}), sorted({row.causal for row in chosen})
+        size = (max(8.0, 4.0 * len(head_dims)), 3.2 * len(masks) + 0.8)
+        figure, axes = pyplot.subplots(len(masks), len(head_dims), figsize=size, squeeze=False, sharex=True, layout="constrained")
+        for panels, causal in zip(axes, masks, strict=True):
+            for panel, head_dim in zip(panels, head_dims, strict=True):
+                panel.set_title(f"head_dim {head_dim}, {'causal' if causal else 'full'}", fontsize=9)
+                _draw_panel(panel, [row for row in chosen if (row.d, row.causal) == (head_dim, causal)])
+        axes[0][0].legend(fontsize=8)
+        for panels in axes:
+            panels[0].set_ylabel("TFLOP/s")
+        figure.suptitle(f"attention {direction}, {dtype}", fontsize=10)
+        figure.supxlabel(f"sequence length (batch * seqlen and heads * head_dim constant)\n{run.caption}", fontsize=7)
+        path = directory / f"{stem}_{direction}_{dtype}.png"
+        directory.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+        pyplot.close(figure)
+        written.append(path)
+    return written
+
+
+def _draw_panel(panel: Any, rows: Sequence[Row]) -> None:
+    """One line for each peer."""
+    from matplotlib.ticker import NullLocator
+
+    for peer in _ordered(row.peer for row in rows):
+        points = sorted((row.s, row.tflops) for row in rows if row.peer == peer)
+        width = 2.0 if peer == OWN_PEER else 1.0
+        panel.plot([s for s, _ in points], [tflops for _, tflops in points], marker="o", linewidth=width, markersize=3, label=peer)
+    panel.set_xscale("log", base=2)
+    seqlens = sorted({row.s for row in rows})
+    panel.set_xticks(seqlens, [f"{s // 1024}k" if s % 1024 == 0 else str(s) for s in seqlens])
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.set_ylim(bottom=0)
+    panel.grid(alpha=0.3)

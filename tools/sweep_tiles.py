@@ -1,0 +1,169 @@
+#!/usr/bin/env python
+"""Sweep the tile table of the fa3 forward on a Hopper GPU: predicted beside measured, one line per candidate.
+
+A candidate is tile_m x tile_n, with or without ping-pong. Predicted: registers a consumer thread needs for S, P and O (of those it
+has), shared memory, and the share of the matrix products that falls inside the problem (what is left after whole tiles, and under a
+causal mask after whole blocks on the diagonal). Candidates are timed in rotation, so that a drifting clock moves all of them alike.
+
+usage: tools/sweep_tiles.py [--head-dims 64,128] [--causal full|causal|both] [--seqlens 4096,16384] [--rounds N] [--fa3-library FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from cutlass_fa.arch.sm90 import FA3_FWD_TILES, MAX_SMEM_BYTES, Fa3FwdTile
+from cutlass_fa.cell import Cell
+from cutlass_fa.dispatch import DispatchKey
+from cutlass_fa.kernels import Kernel, obtain
+from cutlass_fa.render import render
+
+ELEMENTS_PER_ROW = 2048  # num_heads * head_dim
+TOKENS = 16384  # batch * seqlen
+TILE_NS = {64: (96, 112, 128, 144, 160, 176, 192), 80: (96, 112, 128, 144, 160, 176, 192), 96: (80, 96, 112, 128, 144, 160, 176, 192),
+           128: (80, 96, 112, 128, 144, 160, 176, 192), 192: (64, 80, 96, 112), 256: (48, 64, 80)}  # fmt: skip
+
+
+def candidates(head_dim: int, causal: bool) -> list[Cell]:
+    """Every tile that fits shared memory and whose S, P and O leave a consumer some 25 registers for everything else."""
+    key = DispatchKey("fa3", "fwd", "sm_90a", "bf16", head_dim, causal=causal)
+    swizzle = FA3_FWD_TILES[head_dim, causal].swizzle_bytes
+    splits = {128: (40, 232), 192: (32, 160)}
+    cells = [
+        Cell(key, Fa3FwdTile(tile_m, tile_n, *splits[tile_m], swizzle_bytes=swizzle, pingpong=pingpong))
+        for tile_m in splits
+        for tile_n in TILE_NS[head_dim]
+        for pingpong in (True, False)
+    ]
+    return [cell for cell in cells if cell.smem_bytes <= MAX_SMEM_BYTES and registers(cell) <= cell.consumer_registers - 25]
+
+
+def registers(cell: Cell) -> int:
+    """Registers of S, P and O in one consumer thread."""
+    return cell.tile_n // 2 + cell.tile_n // 4 + cell.head_dim // 2
+
+
+def useful_share(cell: Cell, seqlen: int) -> float:
+    """Matrix products inside the problem over matrix products issued."""
+    tile_m, tile_n, causal = cell.tile_m, cell.tile_n, cell.is_causal
+    blocks = 0
+    for first in range(0, seqlen, tile_m):
+        end = min(seqlen, first + tile_m) if causal else seqlen
+        blocks += -(-end // tile_n)
+    useful = seqlen * (seqlen + 1) / 2 if causal else seqlen * seqlen
+    return useful / (blocks * tile_m * tile_n)
+
+
+def compile_cell(cell: Cell) -> Kernel:
+    """The kernel of a candidate, outside the table of keys."""
+    source = render(cell)
+    hit = obtain(source)
+    return Kernel(cell.key, cell, source, hit.cubin, hit.path, hit.origin)
+
+
+def label(cell: Cell) -> str:
+    return f"{cell.tile_m}x{cell.tile_n}{'' if cell.has_pingpong else ' no ping-pong'}"
+
+
+def launchers(cells: list[Cell], kernels: list[Kernel], head_dim: int, causal: bool, seqlen: int, fa3: Any) -> dict[str, Any]:
+    """What to time on one problem, by label."""
+    import torch
+
+    from cutlass_fa.arrays import library_of
+    from cutlass_fa.launch import LaunchPlan
+    from cutlass_fa.problem import Problem
+    from cutlass_fa.requests import Window
+
+    shape = (TOKENS // seqlen, seqlen, ELEMENTS_PER_ROW // head_dim, head_dim)
+    q, k, v, out = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    library = library_of(type(q))
+    problem = Problem.from_specs(*map(library.spec, (q, k, v, out)), arch="sm_90a", mask=Window(-1, -1, causal))
+    lse = torch.empty((shape[0], shape[2], seqlen), device="cuda")
+    pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
+
+    def ours(kernel: Kernel) -> Any:
+        plan = LaunchPlan(problem, kernel)
+        # the default argument keeps the arrays alive as long as their addresses are used
+        return lambda _keep=(q, k, v, out): plan.run(pointers, lse.data_ptr(), torch.cuda.current_stream().cuda_stream)
+
+    runs = {label(cell): ours(kernel) for cell, kernel in zip(cells, kernels, strict=True)}
+    if fa3 is not None:
+        runs["fa3"] = lambda: fa3.fwd(q, k, v, softmax_scale=head_dim**-0.5, is_causal=causal)
+    return runs
+
+
+def measure(runs: dict[str, Any], rounds: int) -> dict[str, float]:
+    """Median milliseconds of each, over `rounds` rotations of three timed calls."""
+    import torch
+
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for round_number in range(rounds + 1):
+        for name, run in runs.items():
+            for _ in range(3):
+                start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                run()
+                stop.record()
+                stop.synchronize()
+                if round_number:  # the first rotation warms up
+                    times[name].append(start.elapsed_time(stop))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def sweep(head_dim: int, causal: bool, seqlens: list[int], rounds: int, fa3: Any, pool: ProcessPoolExecutor) -> None:
+    cells = candidates(head_dim, causal)
+    kernels = [replace(kernel, cell=cell) for kernel, cell in zip(pool.map(compile_cell, cells), cells, strict=True)]
+    rates: dict[str, list[float]] = {}
+    for seqlen in seqlens:
+        flops = 4 * TOKENS * seqlen * ELEMENTS_PER_ROW / (2 if causal else 1)
+        for name, ms in measure(launchers(cells, kernels, head_dim, causal, seqlen, fa3), rounds).items():
+            rates.setdefault(name, []).append(flops / ms / 1e9)
+    best = sorted(rates, key=lambda name: -statistics.geometric_mean(rates[name]))
+    by_label = {label(cell): (cell, kernel) for cell, kernel in zip(cells, kernels, strict=True)}
+    mask = "causal" if causal else "full"
+    print(f"== head_dim {head_dim} {mask}: TFLOP/s at {seqlens}; S+P+O registers, spill bytes, smem KB, useful share")
+    for name in best:
+        measured = " ".join(f"{rate:6.1f}" for rate in rates[name])
+        if name not in by_label:
+            print(f"{name:24} {measured}")
+            continue
+        cell, kernel = by_label[name]
+        share = " ".join(f"{useful_share(cell, seqlen):.3f}" for seqlen in seqlens)
+        mark = "  <- table" if cell.tile == FA3_FWD_TILES[head_dim, causal] else ""
+        resources = f"{registers(cell)}/{cell.consumer_registers} {kernel.cubin.spill_bytes} {cell.smem_bytes // 1024}"
+        print(f"{name:24} {measured}   {resources} {share}{mark}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--head-dims", default="64,80,96,128,192,256")
+    parser.add_argument("--causal", choices=("full", "causal", "both"), default="both")
+    parser.add_argument("--seqlens", default="4096,16384")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--fa3-library")
+    parser.add_argument("--jobs", type=int, default=8, help="processes that compile")
+    arguments = parser.parse_args()
+    import torch
+
+    fa3 = None
+    if arguments.fa3_library:
+        torch.ops.load_library(arguments.fa3_library)
+        fa3 = torch.ops.flash_attn_3
+    import multiprocessing
+
+    with ProcessPoolExecutor(arguments.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for head_dim in map(int, arguments.head_dims.split(",")):
+            for causal in {"full": (False,), "causal": (True,), "both": (False, True)}[arguments.causal]:
+                sweep(head_dim, causal, [int(s) for s in arguments.seqlens.split(",")], arguments.rounds, fa3, pool)
+
+
+if __name__ == "__main__":
+    main()
