@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from . import kernels
 from .arrays import ArrayLibrary, library_of, not_on_gpu
@@ -10,7 +10,7 @@ from .device import check_current_device, device_info
 from .errors import InvalidArgument
 from .launch import LaunchPlan
 from .problem import Problem, check_pointers
-from .requests import Grid, PersistentMode, PositionBias, Window
+from .requests import PersistentMode, PositionBias, Window
 
 BACKENDS = ("cuda", "reference")
 
@@ -43,7 +43,8 @@ def flash_attn_func(
     alibi_slopes: float32 (num_heads_q,) or (batch, num_heads_q); bias -slope * |position - j|.
     out: where to write the result, shape and dtype of q; default: a fresh contiguous array.
     return_lse: also return log-sum-exp, float32 (batch, num_heads_q, seqlen_q), natural logarithm.
-    persistent: Grid() (default: one CTA per tile) or Persistent(num_sms).
+    persistent: Persistent(num_sms): that many CTAs walk all tiles and leave the other multiprocessors free; Persistent() (default): one
+        CTA per multiprocessor; Grid(): one CTA per tile.
     backend: "cuda", or "reference": NumPy arrays, computed in float64 on the CPU and rounded to q's dtype.
 
     Returns out, or (out, lse). A query that sees no key gets out 0 and lse -inf. Runs asynchronously on the caller's current stream and
@@ -51,7 +52,7 @@ def flash_attn_func(
     Raises InvalidArgument, UnsupportedDtype, UnsupportedHeadDim, InvalidGqaRatio, EmptyBatch, ZeroSeqlen, SeqlenOverflow, SinkWithoutMask
     for bad input, UnsupportedCell for a combination without a kernel, MockMode where there is no GPU, CompileError, CompileDisabled.
     """
-    options = _Options(softmax_scale, causal, window_size, sink_tokens, alibi_slopes is not None, persistent)
+    options = (softmax_scale, causal, tuple(window_size), sink_tokens, alibi_slopes is not None, persistent)
     if backend == "reference":
         return _reference(q, k, v, out, return_lse, options, alibi_slopes)
     if backend != "cuda":
@@ -69,15 +70,9 @@ def flash_attn_func(
     return (out, lse) if return_lse else out
 
 
-class _Options(NamedTuple):
-    """The arguments of a call that are not arrays; hashable."""
-
-    softmax_scale: float | None
-    causal: bool
-    window_size: tuple[int, int]
-    sink_tokens: int
-    has_alibi: bool
-    persistent: PersistentMode | None
+# The arguments of a call that are not arrays: softmax_scale, causal, window_size, sink_tokens, whether there are ALiBi slopes, persistent.
+# A plain tuple, because it is made and hashed on every call.
+_Options = tuple[float | None, bool, tuple[int, ...], int, bool, PersistentMode | None]
 
 
 _plans: dict[tuple[Any, ...], LaunchPlan] = {}
@@ -102,25 +97,31 @@ def _plan(library: ArrayLibrary, q: Any, k: Any, v: Any, out: Any, options: _Opt
 
 
 def _make_plan(library: ArrayLibrary, q: Any, k: Any, v: Any, out: Any, options: _Options) -> LaunchPlan:
-    spec = library.spec
-    device = spec(q).device
+    device = library.spec(q).device
     # Shapes are checked for CPU arrays too, as for a Hopper GPU, before their place in memory is refused.
-    problem = Problem.from_specs(
-        spec(q),
-        spec(k),
-        spec(v),
-        None if out is None else spec(out),
-        arch=device_info(device).arch if device >= 0 else "sm_90a",
-        mask=Window(*options.window_size, causal=options.causal),
-        sink_tokens=options.sink_tokens,
-        position_bias=PositionBias(options.has_alibi),
-        softmax_scale=options.softmax_scale,
-        persistent=options.persistent or Grid(),
-    )
+    problem = _problem(library, q, k, v, out, options, device_info(device).arch if device >= 0 else "sm_90a")
     if device < 0:
         raise not_on_gpu(library)
     check_current_device(device)
     return LaunchPlan(problem, kernels.get(problem.request.dispatch_key()))
+
+
+def _problem(library: ArrayLibrary, q: Any, k: Any, v: Any, out: Any, options: _Options, arch: str) -> Problem:
+    softmax_scale, causal, window_size, sink_tokens, has_alibi, persistent = options
+    left, right = window_size
+    spec = library.spec
+    return Problem.from_specs(
+        spec(q),
+        spec(k),
+        spec(v),
+        None if out is None else spec(out),
+        arch=arch,
+        mask=Window(left, right, causal=causal),
+        sink_tokens=sink_tokens,
+        position_bias=PositionBias(has_alibi),
+        softmax_scale=softmax_scale,
+        persistent=persistent,
+    )
 
 
 def _reference(q: Any, k: Any, v: Any, out: Any, return_lse: bool, options: _Options, alibi_slopes: Any) -> Any:
@@ -129,29 +130,17 @@ def _reference(q: Any, k: Any, v: Any, out: Any, return_lse: bool, options: _Opt
 
     library = library_of(type(q))
     if library.name != "NumPy":
-        raise InvalidArgument(
-            f"backend='reference' takes numpy.ndarray, and q is a {library.name} array; convert with cupy.asnumpy or .cpu()"
-        )
-    spec = library.spec
-    Problem.from_specs(
-        spec(q),
-        spec(k),
-        spec(v),
-        None if out is None else spec(out),
-        arch="sm_90a",
-        mask=Window(*options.window_size, causal=options.causal),
-        sink_tokens=options.sink_tokens,
-        position_bias=PositionBias(options.has_alibi),
-        softmax_scale=options.softmax_scale,
-    )
+        raise InvalidArgument(f"backend='reference' takes numpy.ndarray; q is a {library.name} array: use cupy.asnumpy or .cpu().numpy()")
+    _problem(library, q, k, v, out, options, "sm_90a")  # refuses what the kernels refuse
+    softmax_scale, causal, window_size, sink_tokens, _, _ = options
     result, lse = attention_forward(
         q,
         k,
         v,
-        softmax_scale=options.softmax_scale,
-        causal=options.causal,
-        window_size=options.window_size,
-        sink_tokens=options.sink_tokens,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window_size,
+        sink_tokens=sink_tokens,
         alibi_slopes=alibi_slopes,
     )
     if out is None:

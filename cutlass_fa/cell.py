@@ -127,9 +127,9 @@ class Cell:
 
     @property
     def smem_bytes(self) -> int:
-        """sizeof(SharedStorage): Q, the rings of K and V, and 2 + 4 * stages mbarriers of 8 bytes, padded to 1024."""
+        """sizeof(SharedStorage): Q, the rings of K and V, 2 + 4 * stages mbarriers of 8 bytes and the tile queue's 24, padded to 1024."""
         data = _round_up(self.q_tile.size_bytes, 1024) + 2 * self.stages * _round_up(self.kv_tile.size_bytes, 1024)
-        return _round_up(data + 8 * (2 + 4 * self.stages), 1024)
+        return _round_up(data + 8 * (2 + 4 * self.stages) + 24 * self.has_dynamic_scheduler, 1024)
 
     # ---- what WGMMA is told about it ---------------------------------------------------------------------------------------------
 
@@ -160,14 +160,14 @@ class Cell:
         return self.key.causal
 
     @property
-    def has_pingpong(self) -> bool:
-        return self.tile.pingpong
+    def has_dynamic_scheduler(self) -> bool:
+        return self.tile.scheduler == "dynamic"
 
     # ---- Params ------------------------------------------------------------------------------------------------------------------
 
     @property
     def params(self) -> tuple[ParamField, ...]:
-        return fa3_fwd_params(self.key.causal)
+        return fa3_fwd_params(self.is_causal, self.has_dynamic_scheduler)
 
     @property
     def params_bytes(self) -> int:

@@ -18,6 +18,8 @@ from .errors import InvalidArgument, LaunchError
 from .kernels import Kernel
 from .params import params_dtype
 from .problem import Problem
+from .requests import Persistent, PersistentMode
+from .tile_counters import tile_counters
 from .tma import TensorMapGeometry, TensorMaps
 
 MAX_TILES = 2**31 - 1
@@ -39,11 +41,13 @@ class LaunchPlan:
         self._maps_k = TensorMaps(TensorMapGeometry.of(problem.k, cell.tile_n, cell.chunk_columns))
         self._maps_v = TensorMaps(TensorMapGeometry.of(problem.v, cell.tile_n, cell.chunk_columns))
         self._params = pack_params(problem, kernel, device_info(device))
-        self._pointers = self._params.view(np.uint8)[:16].view(np.uint64)  # o and lse, the first two fields
+        self._pointers = self._params.view(np.uint8)[:24].view(np.uint64)  # o, lse, and tile_counter where there is one
+        self._counters = tile_counters(device) if cell.has_dynamic_scheduler else None
         self._arguments = np.zeros(4, np.uint64)  # host addresses: maps of q, k, v, and params
         self._arguments[3] = self._params.ctypes.data
         self._arguments_address = self._arguments.ctypes.data
-        self._grid = grid_size(problem, int(self._params["num_tiles"][0]), device_info(device))
+        mode = problem.request.persistent or Persistent()
+        self._grid = grid_size(mode, int(self._params["num_tiles"][0]), device_info(device))
         self._threads = cell.threads
         self._smem_bytes = cell.smem_bytes
         self._lock = threading.Lock()  # between writing the arguments and the driver's copy of them
@@ -61,6 +65,8 @@ class LaunchPlan:
             arguments[2] = self._maps_v.host_address(v)
             pointers[0] = out
             pointers[1] = lse
+            if self._counters is not None:
+                pointers[2] = self._counters.take(stream)
             self._launch_kernel(self._function, self._grid, 1, 1, self._threads, 1, 1, self._smem_bytes, stream, self._arguments_address, 0)
 
 
@@ -74,6 +80,7 @@ def pack_params(problem: Problem, kernel: Kernel, device: DeviceInfo) -> np.ndar
     values = {
         "o": 0,
         "lse": 0,
+        "tile_counter": 0,
         "o_stride_batch": problem.out.strides[0],
         "o_stride_row": problem.out.strides[1],
         "o_stride_head": problem.out.strides[2],
@@ -102,9 +109,8 @@ def heads_per_section(k: ArraySpec, num_heads_q: int, device: DeviceInfo) -> int
     return min(batch * num_heads_q, max(1, device.l2_bytes * 2 // 3 // kv_bytes) * group)
 
 
-def grid_size(problem: Problem, num_tiles: int, device: DeviceInfo) -> int:
+def grid_size(mode: PersistentMode, num_tiles: int, device: DeviceInfo) -> int:
     """CTAs of a launch: one per tile, or as many as the persistent mode allows."""
-    mode = problem.request.persistent
     return min(num_tiles, mode.num_sms or device.num_sms) if mode.persistent else num_tiles
 
 

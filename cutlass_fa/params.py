@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 # C type -> NumPy type of the same size and alignment.
-_NUMPY_TYPES = {"void*": "u8", "float*": "u8", "int64_t": "i8", "int": "i4", "float": "f4"}
+_NUMPY_TYPES = {"void*": "u8", "float*": "u8", "int*": "u8", "int64_t": "i8", "int": "i4", "float": "f4"}
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,14 @@ FA3_FWD_FIELDS: tuple[ParamField, ...] = (
     ParamField("num_tiles", "int", "num_m_blocks * num_heads_q * batch"),
     ParamField("softmax_scale_log2", "float", "softmax_scale * log2(e)"),
 )
+_TILE_COUNTER = ParamField("tile_counter", "int*", "one number, 0 before and after a launch")
 _HEADS_PER_SECTION = ParamField("heads_per_section", "int", "(batch, head) pairs whose K and V share the L2 cache")
 
 
-def fa3_fwd_params(causal: bool) -> tuple[ParamField, ...]:
+def fa3_fwd_params(causal: bool, dynamic_scheduler: bool) -> tuple[ParamField, ...]:
     """The fields of an fa3 forward cell, widest first so that no compiler pads between them."""
-    return FA3_FWD_FIELDS + ((_HEADS_PER_SECTION,) if causal else ())
+    addresses, others = FA3_FWD_FIELDS[:2], FA3_FWD_FIELDS[2:]
+    return addresses + (_TILE_COUNTER,) * dynamic_scheduler + others + (_HEADS_PER_SECTION,) * causal
 
 
 def params_dtype(fields: tuple[ParamField, ...]) -> np.dtype:

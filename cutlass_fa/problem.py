@@ -38,7 +38,7 @@ class Problem:
         sink_tokens: int = 0,
         position_bias: PositionBias = PositionBias(),
         softmax_scale: float | None = None,
-        persistent: PersistentMode = PersistentMode(),
+        persistent: PersistentMode | None = None,
     ) -> Problem:
         """Check the arrays of a forward call and describe it. out None: a fresh contiguous (batch, seqlen_q, num_heads_q, head_dim).
 

@@ -2,6 +2,7 @@
 // cell: fa3_fwd_sm90a_bf16_hdim192   tile 128x112, 2 stages, 384 threads, smem 222208 B
 // regenerate: python tools/regenerate_kernels.py fa3_fwd_sm90a_bf16_hdim192
 // SPDX-License-Identifier: BSD-3-Clause
+#include <cutlass_fa/atomic.cuh>
 #include <cutlass_fa/base.cuh>
 #include <cutlass_fa/math.cuh>
 #include <cutlass_fa/mbarrier.cuh>
@@ -39,19 +40,10 @@ constexpr int kWarpgroupQBytes = 8192;               // from one consumer's 64 r
 // Where a K-major operand's step-th group of 16 columns starts.
 constexpr int column_step_bytes(int step, int chunk_bytes) { return step * 16 / kChunkColumns * chunk_bytes + step * 16 % kChunkColumns * 2; }
 
-struct SharedStorage {
-  alignas(1024) char q[kChunks * kQChunkBytes];
-  alignas(1024) char k[kStages][kChunks * kKvChunkBytes];
-  alignas(1024) char v[kStages][kChunks * kKvChunkBytes];
-  Mbarrier q_full, q_empty;                    // full: TMA's bytes have landed; empty: every consumer warp has read them
-  Mbarrier k_full[kStages], k_empty[kStages];
-  Mbarrier v_full[kStages], v_empty[kStages];
-};
-static_assert(sizeof(SharedStorage) == 222208, "cell.py computes another size");
-
 struct Params {
   void* o;  // (batch, seqlen_q, num_heads_q, head_dim) in the element type, last dimension contiguous
   float* lse;  // (batch, num_heads_q, seqlen_q) natural logarithm, or null
+  int* tile_counter;  // one number, 0 before and after a launch
   int64_t o_stride_batch;  // elements
   int64_t o_stride_row;  // elements
   int64_t o_stride_head;  // elements
@@ -65,7 +57,7 @@ struct Params {
   int num_tiles;  // num_m_blocks * num_heads_q * batch
   float softmax_scale_log2;  // softmax_scale * log2(e)
 };
-static_assert(sizeof(Params) == 80, "params.py packs another layout");
+static_assert(sizeof(Params) == 88, "params.py packs another layout");
 
 // One CTA's piece of work: kTileM query rows of one head of one sequence.
 struct Tile {
@@ -80,12 +72,58 @@ CUTLASS_FA_DEVICE Tile tile_of(Params const& params, int index) {
   int const batch = batch_head / params.num_heads_q;
   return {index - batch_head * params.num_m_blocks, batch_head - batch * params.num_heads_q, batch};
 }
+// A CTA starts with the tile of its own index and takes the others from a counter in global memory, so that no CTA idles while tiles
+// are left. Every tile is followed by one request; the one that makes num_tiles puts the counter back for the next launch.
+CUTLASS_FA_DEVICE int take_tile(Params const& params, int) {
+  int const taken = atomic_add(params.tile_counter, 1);
+  if (taken == params.num_tiles - 1) { *params.tile_counter = 0; }
+  return taken + grid_size();
+}
+
+// The producer passes what it took to the consumers.
+struct TileQueue {
+  Mbarrier full;   // the producer has written `index`
+  Mbarrier empty;  // every consumer warp has read it
+  int index;
+
+  CUTLASS_FA_DEVICE void init(int consumer_warps) {
+    full.init(1);
+    empty.init(consumer_warps);
+  }
+
+  CUTLASS_FA_DEVICE void put(PipelineState<1>& pipe, int next) {
+    empty.wait(pipe.parity ^ 1);
+    index = next;
+    full.arrive();
+    pipe.advance();
+  }
+
+  CUTLASS_FA_DEVICE int get(PipelineState<1>& pipe) {
+    full.wait(pipe.parity);
+    int const next = index;
+    warp_sync();  // all lanes have read before one of them says so
+    if (thread_index() % kWarpSize == 0) { empty.arrive(); }
+    pipe.advance();
+    return next;
+  }
+};
+
+struct SharedStorage {
+  alignas(1024) char q[kChunks * kQChunkBytes];
+  alignas(1024) char k[kStages][kChunks * kKvChunkBytes];
+  alignas(1024) char v[kStages][kChunks * kKvChunkBytes];
+  Mbarrier q_full, q_empty;                    // full: TMA's bytes have landed; empty: every consumer warp has read them
+  Mbarrier k_full[kStages], k_empty[kStages];
+  Mbarrier v_full[kStages], v_empty[kStages];
+  TileQueue tiles;
+};
+static_assert(sizeof(SharedStorage) == 222208, "cell.py computes another size");
 
 // Every query sees every key.
 CUTLASS_FA_DEVICE int key_end(Params const& params, int query) { return params.seqlen_k; }
-// Key blocks [0, n_block_end) hold every key that some row of the tile sees; the count is 0 or less for a tile that sees none.
-CUTLASS_FA_DEVICE int n_block_end(Params const& params, int m_block) {
-  int const end = key_end(params, m_block * kTileM + kTileM - 1);
+// Key blocks [0, n_block_end) hold every key that some query before `query_end` sees.
+CUTLASS_FA_DEVICE int n_block_end(Params const& params, int query_end) {
+  int const end = key_end(params, min(query_end, params.seqlen_q) - 1);
   return (max(end, 0) + kTileN - 1) / kTileN;
 }
 
@@ -134,7 +172,7 @@ CUTLASS_FA_DEVICE void store_o(Params const& params, Tile const& tile, int row_i
 template <int kChunkBytes>
 CUTLASS_FA_DEVICE void load_tile(TensorMap const& map, Mbarrier& full, CacheHint hint, char* destination, int row, int head, int batch) {
   full.arrive_and_expect(kChunks * kChunkBytes);
-#pragma unroll
+#pragma unroll 1
   for (int chunk = 0; chunk < kChunks; ++chunk) {
     tma_load(map, full, hint, destination + chunk * kChunkBytes, chunk * kChunkColumns, row, head, batch);
   }
@@ -143,7 +181,8 @@ CUTLASS_FA_DEVICE void load_tile(TensorMap const& map, Mbarrier& full, CacheHint
 CUTLASS_FA_DEVICE void produce(SharedStorage& shared, TensorMap const& map_q, TensorMap const& map_k, TensorMap const& map_v, Params const& params) {
   PipelineState<kStages> k_pipe, v_pipe;
   PipelineState<1> q_pipe;
-  for (int index = block_index(); index < params.num_tiles; index += grid_size()) {
+  PipelineState<1> tile_pipe;
+  for (int index = block_index(); index < params.num_tiles;) {
     Tile const tile = tile_of(params, index);
     int const kv_head = tile.head / params.heads_per_kv_head;
     auto load_k = [&](int n_block) {
@@ -156,17 +195,20 @@ CUTLASS_FA_DEVICE void produce(SharedStorage& shared, TensorMap const& map_q, Te
       load_tile<kKvChunkBytes>(map_v, shared.v_full[v_pipe.stage], CacheHint::kEvictLast, shared.v[v_pipe.stage], n_block * kTileN, kv_head, tile.batch);
       v_pipe.advance();
     };
-    int n_block = n_block_end(params, tile.m_block) - 1;
-    if (n_block < 0) { continue; }  // consumers skip the tile too
-    shared.q_empty.wait(q_pipe.parity ^ 1);
-    load_tile<kQChunkBytes>(map_q, shared.q_full, CacheHint::kEvictFirst, shared.q, tile.m_block * kTileM, tile.head, tile.batch);
-    q_pipe.advance();
-    load_k(n_block);
-    for (; n_block > 0; --n_block) {  // K runs one block ahead of V, as the consumers ask for it
-      load_k(n_block - 1);
-      load_v(n_block);
+    int const last_block = n_block_end(params, tile.m_block * kTileM + kTileM) - 1;
+    if (last_block >= 0) {
+      shared.q_empty.wait(q_pipe.parity ^ 1);
+      load_tile<kQChunkBytes>(map_q, shared.q_full, CacheHint::kEvictFirst, shared.q, tile.m_block * kTileM, tile.head, tile.batch);
+      q_pipe.advance();
     }
-    load_v(0);
+    for (int n_block = last_block; n_block >= 0; --n_block) {  // K runs one block ahead of V, as the consumers ask for it
+      load_k(n_block);
+      if (n_block != last_block) { load_v(n_block + 1); }
+    }
+    // Taken late, so that the tiles left go to the CTAs that are free first; the answer arrives while the last V waits for its buffer.
+    index = take_tile(params, index);
+    if (last_block >= 0) { load_v(0); }
+    shared.tiles.put(tile_pipe, index);
   }
 }
 
@@ -179,12 +221,13 @@ struct Consumer {
   uint64_t q;         // descriptor of this warpgroup's rows of Q
   PipelineState<1> q_pipe;
   PipelineState<kStages> k_pipe, v_pipe;
+  PipelineState<1> tile_pipe;
 };
 
 CUTLASS_FA_DEVICE Consumer make_consumer(SharedStorage& shared, int warpgroup) {
   int const thread = thread_index() % kWarpgroupSize;
   int const row_in_tile = warpgroup * 64 + thread / kWarpSize * 16 + thread % kWarpSize / 4;
-  return {warpgroup, row_in_tile, thread % kWarpSize == 0, matrix_descriptor(kQLayout, shared.q + warpgroup * kWarpgroupQBytes), {}, {}, {}};
+  return {warpgroup, row_in_tile, thread % kWarpSize == 0, matrix_descriptor(kQLayout, shared.q + warpgroup * kWarpgroupQBytes)};
 }
 
 // Consumers take turns at the tensor cores: while one issues its products, the others do their softmax. Barrier w belongs to
@@ -228,7 +271,22 @@ CUTLASS_FA_DEVICE void release_v(Consumer& self, SharedStorage& shared) {
   self.v_pipe.advance();
 }
 
-// One tile of queries against every key block it sees, from the last to the first: the blocks that need a mask come first. The product
+CUTLASS_FA_DEVICE void release_q(Consumer& self, SharedStorage& shared) {
+  if (self.is_signaller) { shared.q_empty.arrive(); }
+  self.q_pipe.advance();
+}
+
+// A key block that the tile needs and this warpgroup's rows do not: its buffers pass by, and so does the turn.
+CUTLASS_FA_DEVICE void skip_block(Consumer& self, SharedStorage& shared) {
+  wait_turn(self.warpgroup);
+  pass_turn(self.warpgroup);
+  shared.k_full[self.k_pipe.stage].wait(self.k_pipe.parity);
+  release_k(self, shared);
+  shared.v_full[self.v_pipe.stage].wait(self.v_pipe.parity);
+  release_v(self, shared);
+}
+
+// 64 rows of queries against every key block they see, from the last to the first: the blocks that need a mask come first. The product
 // Q K^T of a block is issued before P V of the block after it, and both run while this warpgroup does the softmax in between.
 CUTLASS_FA_DEVICE void attend(Consumer& self, SharedStorage& shared, Params const& params, Tile const& tile, int n_block, float (&acc_o)[kHeadDim / 2],
                               SoftmaxRows& rows) {
@@ -242,7 +300,6 @@ CUTLASS_FA_DEVICE void attend(Consumer& self, SharedStorage& shared, Params cons
     apply_mask(acc_s, limit);
   };
 
-  shared.q_full.wait(self.q_pipe.parity);
   {
     float acc_s[kTileN / 2];
     shared.k_full[self.k_pipe.stage].wait(self.k_pipe.parity);
@@ -281,8 +338,7 @@ CUTLASS_FA_DEVICE void attend(Consumer& self, SharedStorage& shared, Params cons
 #pragma unroll 1
   for (; n_block >= 0; --n_block) { step(n_block, false_type{}); }
 
-  if (self.is_signaller) { shared.q_empty.arrive(); }
-  self.q_pipe.advance();
+  release_q(self, shared);
   shared.v_full[self.v_pipe.stage].wait(self.v_pipe.parity);
   issue_pv(self, shared, p, acc_o);
   wgmma_wait<0>();
@@ -293,12 +349,23 @@ CUTLASS_FA_DEVICE void attend(Consumer& self, SharedStorage& shared, Params cons
 CUTLASS_FA_DEVICE void consume(SharedStorage& shared, Params const& params, int warpgroup) {
   Consumer self = make_consumer(shared, warpgroup);
   if (warpgroup == kConsumers - 1) { pass_turn(warpgroup); }  // the first turn is warpgroup 0's
-  for (int index = block_index(); index < params.num_tiles; index += grid_size()) {
+  for (int index = block_index(); index < params.num_tiles;) {
     Tile const tile = tile_of(params, index);
     float acc_o[kHeadDim / 2] = {};  // 2 rows x kHeadDim / 4 columns of this thread
     SoftmaxRows rows = {{negative_infinity(), negative_infinity()}, {0.0f, 0.0f}};
-    int const n_block = n_block_end(params, tile.m_block) - 1;
-    if (n_block >= 0) { attend(self, shared, params, tile, n_block, acc_o, rows); }
+    int n_block = n_block_end(params, tile.m_block * kTileM + kTileM) - 1;
+    if (n_block >= 0) {
+      int const own_query = tile.m_block * kTileM + warpgroup * 64;
+      int const own_end = own_query < params.seqlen_q ? n_block_end(params, own_query + 64) : 0;
+      shared.q_full.wait(self.q_pipe.parity);
+      for (; n_block >= own_end; --n_block) { skip_block(self, shared); }
+      if (n_block >= 0) {
+        attend(self, shared, params, tile, n_block, acc_o, rows);
+      } else {
+        release_q(self, shared);
+      }
+    }
+    index = shared.tiles.get(self.tile_pipe);  // before the stores, which then overlap with the next tile's loads
     store_o(params, tile, self.row_in_tile, acc_o, rows);
   }
 }
@@ -316,6 +383,7 @@ CUTLASS_FA_DEVICE void init_barriers(SharedStorage& shared) {
     shared.k_empty[stage].init(kConsumerWarps);
     shared.v_empty[stage].init(kConsumerWarps);
   }
+  shared.tiles.init(kConsumerWarps);
   fence_mbarrier_init();
 }
 

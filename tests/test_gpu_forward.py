@@ -270,16 +270,47 @@ def test_torch_tensors(dtype: str) -> None:
     ids=str,
 )
 def test_thousand_runs_are_bitwise_equal(case: Case) -> None:
+    assert_repeats_bitwise(case, 1000)
+
+
+def assert_repeats_bitwise(case: Case, repetitions: int) -> None:
+    """Every repetition gives the bits of the first, which are checked."""
     import cupy
 
     q, k, v = case.arrays()
     first, first_lse = cutlass_fa.flash_attn_func(q, k, v, causal=case.causal, return_lse=True)
     check_forward(first, first_lse, q, k, v, case=case, causal=case.causal)
-    different = cupy.zeros((), np.int64)
-    for _ in range(1000):
-        out, lse = cutlass_fa.flash_attn_func(q, k, v, causal=case.causal, return_lse=True, out=case.poisoned_out(q))
+    out, different = case.poisoned_out(q), cupy.zeros((), np.int64)
+    for _ in range(repetitions):
+        out.fill(np.nan)
+        _, lse = cutlass_fa.flash_attn_func(q, k, v, causal=case.causal, return_lse=True, out=out)
         different += (out.view(np.uint16) != first.view(np.uint16)).sum() + (lse != first_lse).sum()
     assert int(different) == 0
+
+
+def keep_busy(stop: threading.Event) -> None:
+    """Launch unrelated kernels of changing size on another stream, until told to stop."""
+    import cupy
+
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        arrays = [cupy.ones((size, size), np.float32) for size in (64, 700, 1500)]
+        while not stop.is_set():
+            for array in arrays:
+                cupy.matmul(array, array)
+            stream.synchronize()
+
+
+@pytest.mark.parametrize("case", [Case("bf16", 64, True, "mha", (1000, 1000)), Case("bf16", 128, False, "gqa4", (640, 700))], ids=str)
+def test_ten_thousand_runs_beside_a_busy_stream(case: Case) -> None:
+    """Multiprocessors come and go while the persistent kernels run: a race in the schedule or in the rings shows here."""
+    stop = threading.Event()
+    busy = threading.Thread(target=keep_busy, args=(stop,))
+    busy.start()
+    try:
+        assert_repeats_bitwise(case, 10_000)
+    finally:
+        stop.set()
+        busy.join()
 
 
 # ---- refusals: the right error, and nothing launched -----------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from cutlass_fa.arch.sm90 import FA3_FWD_TILES, MAX_SMEM_BYTES
 from cutlass_fa.cell import Cell
 from cutlass_fa.dispatch import DISPATCH_TABLE, FLAG_WORDS, DispatchKey
 from cutlass_fa.errors import UnsupportedCell
-from cutlass_fa.params import FA3_FWD_FIELDS, fa3_fwd_params, params_dtype
+from cutlass_fa.params import fa3_fwd_params, params_dtype
 from cutlass_fa.render import environment, include_dir, render, template_dir
 
 KEYS = list(DISPATCH_TABLE.valid_keys())
@@ -50,15 +50,16 @@ def test_invalid_key_has_no_cell() -> None:
         Cell.of(DispatchKey("fa3", "fwd", "sm_90a", "bf16", 128, varlen=True))
 
 
+@pytest.mark.parametrize("dynamic_scheduler", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
-def test_params_have_no_holes(causal: bool) -> None:
-    fields = fa3_fwd_params(causal)
+def test_params_have_no_holes(causal: bool, dynamic_scheduler: bool) -> None:
+    fields = fa3_fwd_params(causal, dynamic_scheduler)
     dtype = params_dtype(fields)
     offsets = [dtype.fields[field.name][1] for field in fields]
     expected = np.cumsum([0, *(field.size_bytes for field in fields)])
     assert offsets == expected[:-1].tolist()
     assert dtype.itemsize == -(-expected[-1] // 8) * 8
-    assert [field.name for field in FA3_FWD_FIELDS[:2]] == ["o", "lse"]  # the launcher writes the first two words of every call
+    assert [field.name for field in fields[: 2 + dynamic_scheduler]] == ["o", "lse", "tile_counter"][: 2 + dynamic_scheduler]
 
 
 # ---- rendered text -------------------------------------------------------------------------------------------------------------------
@@ -83,8 +84,8 @@ def test_feature_off_leaves_no_word(key: DispatchKey) -> None:
 
 
 def test_one_flip_changes_few_lines() -> None:
-    base = render(Cell.of(DispatchKey("fa3", "fwd", "sm_90a", "bf16", 256))).text.splitlines()
-    flipped = render(Cell.of(DispatchKey("fa3", "fwd", "sm_90a", "bf16", 256, causal=True))).text.splitlines()
+    base = render(Cell.of(DispatchKey("fa3", "fwd", "sm_90a", "bf16", 192))).text.splitlines()
+    flipped = render(Cell.of(DispatchKey("fa3", "fwd", "sm_90a", "bf16", 192, causal=True))).text.splitlines()
     assert 0 < len(set(base) ^ set(flipped)) <= 40
 
 

@@ -1,11 +1,12 @@
 #!/usr/bin/env python
 """Sweep the tile table of the fa3 forward on a Hopper GPU: predicted beside measured, one line per candidate.
 
-A candidate is tile_m x tile_n, with or without ping-pong. Predicted: registers a consumer thread needs for S, P and O (of those it
-has), shared memory, and the share of the matrix products that falls inside the problem (what is left after whole tiles, and under a
-causal mask after whole blocks on the diagonal). Candidates are timed in rotation, so that a drifting clock moves all of them alike.
+A candidate is tile_m x tile_n and a scheduler. Predicted: registers a consumer thread needs for S, P and O (of those it has), shared
+memory, and the share of the matrix products that falls inside the problem (what is left after whole tiles,
+and under a causal mask after whole blocks on the diagonal). Candidates are timed in rotation, so that a drifting clock moves all alike.
 
-usage: tools/sweep_tiles.py [--head-dims 64,128] [--causal full|causal|both] [--seqlens 4096,16384] [--rounds N] [--fa3-library FILE]
+usage: tools/sweep_tiles.py [--head-dims 64,128] [--causal full|causal|both] [--seqlens 4096,16384] [--tiles 192x112,128x128]
+                            [--schedulers static,dynamic] [--rounds N] [--fa3-library FILE]
 """
 
 from __future__ import annotations
@@ -32,18 +33,17 @@ TILE_NS = {64: (96, 112, 128, 144, 160, 176, 192), 80: (96, 112, 128, 144, 160, 
            128: (80, 96, 112, 128, 144, 160, 176, 192), 192: (64, 80, 96, 112), 256: (48, 64, 80)}  # fmt: skip
 
 
-def candidates(head_dim: int, causal: bool) -> list[Cell]:
-    """Every tile that fits shared memory and whose S, P and O leave a consumer some 25 registers for everything else."""
+def candidates(head_dim: int, causal: bool, tiles: list[tuple[int, int]] | None, schedulers: list[str]) -> list[Cell]:
+    """Every tile (of `tiles`, or of the grid) that fits shared memory and leaves a consumer 24 registers besides S, P and O."""
     key = DispatchKey("fa3", "fwd", "sm_90a", "bf16", head_dim, causal=causal)
     swizzle = FA3_FWD_TILES[head_dim, causal].swizzle_bytes
     splits = {128: (40, 232), 192: (32, 160)}
     cells = [
-        Cell(key, Fa3FwdTile(tile_m, tile_n, *splits[tile_m], swizzle_bytes=swizzle, pingpong=pingpong))
-        for tile_m in splits
-        for tile_n in TILE_NS[head_dim]
-        for pingpong in (True, False)
+        Cell(key, Fa3FwdTile(tile_m, tile_n, *splits[tile_m], scheduler, swizzle_bytes=swizzle))
+        for tile_m, tile_n in tiles or ((tile_m, tile_n) for tile_m in splits for tile_n in TILE_NS[head_dim])
+        for scheduler in schedulers
     ]
-    return [cell for cell in cells if cell.smem_bytes <= MAX_SMEM_BYTES and registers(cell) <= cell.consumer_registers - 25]
+    return [cell for cell in cells if cell.smem_bytes <= MAX_SMEM_BYTES and registers(cell) <= cell.consumer_registers - 24]
 
 
 def registers(cell: Cell) -> int:
@@ -70,7 +70,7 @@ def compile_cell(cell: Cell) -> Kernel:
 
 
 def label(cell: Cell) -> str:
-    return f"{cell.tile_m}x{cell.tile_n}{'' if cell.has_pingpong else ' no ping-pong'}"
+    return f"{cell.tile_m}x{cell.tile_n} {cell.tile.scheduler}"
 
 
 def launchers(cells: list[Cell], kernels: list[Kernel], head_dim: int, causal: bool, seqlen: int, fa3: Any) -> dict[str, Any]:
@@ -101,30 +101,32 @@ def launchers(cells: list[Cell], kernels: list[Kernel], head_dim: int, causal: b
 
 
 def measure(runs: dict[str, Any], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each, over `rounds` rotations of three timed calls."""
+    """Median milliseconds of each, over `rounds` rotations of three timed calls; a call before them keeps the GPU behind the host."""
     import torch
 
     times: dict[str, list[float]] = {name: [] for name in runs}
     for round_number in range(rounds + 1):
         for name, run in runs.items():
-            for _ in range(3):
-                start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(3)]
+            run()
+            for start, stop in pairs:
                 start.record()
                 run()
                 stop.record()
-                stop.synchronize()
-                if round_number:  # the first rotation warms up
-                    times[name].append(start.elapsed_time(stop))
+            torch.cuda.synchronize()
+            if round_number:  # the first rotation warms up
+                times[name] += [start.elapsed_time(stop) for start, stop in pairs]
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def sweep(head_dim: int, causal: bool, seqlens: list[int], rounds: int, fa3: Any, pool: ProcessPoolExecutor) -> None:
-    cells = candidates(head_dim, causal)
+def sweep(head_dim: int, causal: bool, arguments: argparse.Namespace, fa3: Any, pool: ProcessPoolExecutor) -> None:
+    cells = candidates(head_dim, causal, arguments.tiles, arguments.schedulers)
+    seqlens: list[int] = arguments.seqlens
     kernels = [replace(kernel, cell=cell) for kernel, cell in zip(pool.map(compile_cell, cells), cells, strict=True)]
     rates: dict[str, list[float]] = {}
     for seqlen in seqlens:
         flops = 4 * TOKENS * seqlen * ELEMENTS_PER_ROW / (2 if causal else 1)
-        for name, ms in measure(launchers(cells, kernels, head_dim, causal, seqlen, fa3), rounds).items():
+        for name, ms in measure(launchers(cells, kernels, head_dim, causal, seqlen, fa3), arguments.rounds).items():
             rates.setdefault(name, []).append(flops / ms / 1e9)
     best = sorted(rates, key=lambda name: -statistics.geometric_mean(rates[name]))
     by_label = {label(cell): (cell, kernel) for cell, kernel in zip(cells, kernels, strict=True)}
@@ -144,9 +146,11 @@ def sweep(head_dim: int, causal: bool, seqlens: list[int], rounds: int, fa3: Any
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--head-dims", default="64,80,96,128,192,256")
+    parser.add_argument("--head-dims", default=[64, 80, 96, 128, 192, 256], type=lambda text: [int(part) for part in text.split(",")])
     parser.add_argument("--causal", choices=("full", "causal", "both"), default="both")
-    parser.add_argument("--seqlens", default="4096,16384")
+    parser.add_argument("--seqlens", default=[1024, 4096, 16384], type=lambda text: [int(part) for part in text.split(",")])
+    parser.add_argument("--tiles", type=lambda text: [tuple(map(int, part.split("x"))) for part in text.split(",")], help="192x112,128x128")
+    parser.add_argument("--schedulers", default=["static", "dynamic"], type=lambda text: text.split(","))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--fa3-library")
     parser.add_argument("--jobs", type=int, default=8, help="processes that compile")
@@ -160,9 +164,9 @@ def main() -> None:
     import multiprocessing
 
     with ProcessPoolExecutor(arguments.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for head_dim in map(int, arguments.head_dims.split(",")):
+        for head_dim in arguments.head_dims:
             for causal in {"full": (False,), "causal": (True,), "both": (False, True)}[arguments.causal]:
-                sweep(head_dim, causal, [int(s) for s in arguments.seqlens.split(",")], arguments.rounds, fa3, pool)
+                sweep(head_dim, causal, arguments, fa3, pool)
 
 
 if __name__ == "__main__":

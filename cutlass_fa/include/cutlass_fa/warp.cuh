@@ -11,6 +11,9 @@ CUTLASS_FA_DEVICE T shuffle_xor(T value, int lane_mask) {
   return __shfl_xor_sync(0xffffffffu, value, lane_mask);
 }
 
+// Until all lanes are here; what they wrote before is visible to each other after.
+CUTLASS_FA_DEVICE void warp_sync() { __syncwarp(); }
+
 // Lane 0's value; tells the compiler that the result is the same in the whole warp.
 CUTLASS_FA_DEVICE int warp_uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
 
