@@ -76,6 +76,24 @@ class Cell:
         return self.tile.stages
 
     @property
+    def gqa_ratio(self) -> int:
+        return self.key.gqa_ratio
+
+    @property
+    def queries_per_tile(self) -> int:
+        """Queries of one tile: its rows, divided among the heads that are packed into them."""
+        return self.tile_m // self.gqa_ratio
+
+    @property
+    def work_heads(self) -> str:
+        """The Params field that counts the heads of the work list."""
+        return "num_heads_kv" if self.is_packed else "num_heads_q"
+
+    @property
+    def q_map_dimensions(self) -> str:
+        return "num_heads_kv, seqlen_q, kGqaRatio" if self.is_packed else "num_heads_q, seqlen_q"
+
+    @property
     def consumers(self) -> int:
         return self.tile_m // 64
 
@@ -160,6 +178,10 @@ class Cell:
         return self.key.causal
 
     @property
+    def is_packed(self) -> bool:
+        return self.key.gqa_ratio > 1
+
+    @property
     def has_dynamic_scheduler(self) -> bool:
         return self.tile.scheduler == "dynamic"
 
@@ -167,7 +189,7 @@ class Cell:
 
     @property
     def params(self) -> tuple[ParamField, ...]:
-        return fa3_fwd_params(self.is_causal, self.has_dynamic_scheduler)
+        return fa3_fwd_params(self.is_causal, self.is_packed, self.has_dynamic_scheduler)
 
     @property
     def params_bytes(self) -> int:

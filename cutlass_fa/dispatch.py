@@ -19,6 +19,7 @@ ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
 DTYPES = ("f16", "bf16", "e4m3", "e5m2")
 FP8_DTYPES = ("e4m3", "e5m2")
 CELL_HEAD_DIMS = (64, 80, 96, 128, 192, 256)
+MAX_GQA_RATIO = 64  # a warpgroup's rows: every warpgroup then holds whole queries
 
 # Presence flags in the order in which they stand in a key's name: (field, word in the name).
 FLAG_WORDS = (
@@ -194,12 +195,15 @@ def _unbuilt_reasons(key: DispatchKey) -> list[str]:
     checks += [(key.family == "fa3" and key.direction == "bwd", "the fa3 backward is not built yet")]
     checks += [(key.dtype in FP8_DTYPES, f"dtype {key.dtype} is not built yet; f16 and bf16 are")]
     checks += [(getattr(key, field), f"{field} is not built yet in family {key.family}") for field, _ in FLAG_WORDS if field != "causal"]
-    checks += [(key.gqa_ratio != 1, "packing query heads into the tile (gqa_ratio > 1) is not built yet; 1 serves every GQA ratio")]
+    packable = key.gqa_ratio == 1 or (key.family == "fa3" and key.gqa_ratio <= MAX_GQA_RATIO)
+    checks += [
+        (not packable, f"gqa_ratio {key.gqa_ratio}: at most {MAX_GQA_RATIO} query heads are packed into a tile; 1 serves every ratio")
+    ]
     return [reason for refused, reason in checks if refused]
 
 
-def _fa3_fwd(dtype: str, head_dim: int, causal: bool) -> DispatchKey:
-    return DispatchKey("fa3", "fwd", "sm_90a", dtype, head_dim, causal=causal)
+def _fa3_fwd(dtype: str, head_dim: int, causal: bool, gqa_ratio: int = 1) -> DispatchKey:
+    return DispatchKey("fa3", "fwd", "sm_90a", dtype, head_dim, causal=causal, gqa_ratio=gqa_ratio)
 
 
 # The golden cells: one base cell per (family, direction) and one per flip; never the cross product.
@@ -208,6 +212,7 @@ DISPATCH_TABLE = DispatchTable(
         _fa3_fwd("bf16", 128, causal=False),
         _fa3_fwd("bf16", 128, causal=True),
         _fa3_fwd("f16", 128, causal=True),
+        _fa3_fwd("bf16", 128, causal=True, gqa_ratio=4),
         _fa3_fwd("bf16", 64, causal=False),
         _fa3_fwd("bf16", 64, causal=True),
         _fa3_fwd("bf16", 80, causal=False),

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from .arrays import ArraySpec
+from .cell import Cell
 from .device import DeviceInfo, device_info
 from .errors import InvalidArgument, LaunchError
 from .kernels import Kernel
@@ -37,15 +38,15 @@ class LaunchPlan:
         self.problem = problem
         self._function = _function_on(kernel, device)
         self._launch_kernel = driver.launchKernel
-        self._maps_q = TensorMaps(TensorMapGeometry.of(problem.q, cell.tile_m, cell.chunk_columns))
-        self._maps_k = TensorMaps(TensorMapGeometry.of(problem.k, cell.tile_n, cell.chunk_columns))
-        self._maps_v = TensorMaps(TensorMapGeometry.of(problem.v, cell.tile_n, cell.chunk_columns))
-        self._params = pack_params(problem, kernel, device_info(device))
-        self._pointers = self._params.view(np.uint8)[:24].view(np.uint64)  # o, lse, and tile_counter where there is one
+        self._maps_q, self._maps_k, self._maps_v = map(TensorMaps, map_geometries(problem, cell))
+        self._params = pack_params(problem, cell, device_info(device))
+        # The first words of Params: o, lse, and tile_counter where there is one. Items of a memoryview are cheaper to set than NumPy's.
+        self._pointers = _words(self._params)
         self._counters = tile_counters(device) if cell.has_dynamic_scheduler else None
-        self._arguments = np.zeros(4, np.uint64)  # host addresses: maps of q, k, v, and params
-        self._arguments[3] = self._params.ctypes.data
-        self._arguments_address = self._arguments.ctypes.data
+        arguments = np.zeros(4, np.uint64)  # host addresses: maps of q, k, v, and params
+        arguments[3] = self._params.ctypes.data
+        self._arguments_address = arguments.ctypes.data
+        self._arguments = _words(arguments)
         mode = problem.request.persistent or Persistent()
         self._grid = grid_size(mode, int(self._params["num_tiles"][0]), device_info(device))
         self._threads = cell.threads
@@ -70,13 +71,27 @@ class LaunchPlan:
             self._launch_kernel(self._function, self._grid, 1, 1, self._threads, 1, 1, self._smem_bytes, stream, self._arguments_address, 0)
 
 
-def pack_params(problem: Problem, kernel: Kernel, device: DeviceInfo) -> np.ndarray:
+def map_geometries(problem: Problem, cell: Cell) -> tuple[TensorMapGeometry, TensorMapGeometry, TensorMapGeometry]:
+    """What the tensor maps of q, k and v describe."""
+    if cell.is_packed:
+        q = TensorMapGeometry.of_packed_rows(problem.q, cell.queries_per_tile, cell.gqa_ratio, cell.chunk_columns)
+    else:
+        q = TensorMapGeometry.of_rows(problem.q, cell.tile_m, cell.chunk_columns)
+    k, v = (TensorMapGeometry.of_rows(spec, cell.tile_n, cell.chunk_columns) for spec in (problem.k, problem.v))
+    return q, k, v
+
+
+def pack_params(problem: Problem, cell: Cell, device: DeviceInfo) -> np.ndarray:
     """The Params struct as a structured array of one element, addresses left 0."""
-    request, cell = problem.request, kernel.cell
-    num_m_blocks = -(-request.seqlen_q // cell.tile_m)
-    num_tiles = num_m_blocks * request.num_heads_q * request.batch
+    request = problem.request
+    work_heads = request.num_heads_q // cell.gqa_ratio
+    num_m_blocks = -(-request.seqlen_q // cell.queries_per_tile)
+    num_tiles = num_m_blocks * work_heads * request.batch
     if num_tiles > MAX_TILES:
-        raise InvalidArgument(f"batch * num_heads_q * ceil(seqlen_q / {cell.tile_m}) = {num_tiles}: at most {MAX_TILES}; split the batch")
+        raise InvalidArgument(
+            f"{num_m_blocks} query blocks * {work_heads} heads * batch {request.batch} = {num_tiles} tiles: at most {MAX_TILES}; "
+            "split the batch"
+        )
     values = {
         "o": 0,
         "lse": 0,
@@ -88,12 +103,13 @@ def pack_params(problem: Problem, kernel: Kernel, device: DeviceInfo) -> np.ndar
         "seqlen_q": request.seqlen_q,
         "seqlen_k": request.seqlen_k,
         "num_heads_q": request.num_heads_q,
+        "num_heads_kv": request.num_heads_kv,
         "heads_per_kv_head": request.num_heads_q // request.num_heads_kv,
         "head_dim": request.head_dim,
         "num_m_blocks": num_m_blocks,
         "num_tiles": num_tiles,
         "softmax_scale_log2": request.scale * math.log2(math.e),
-        "heads_per_section": heads_per_section(problem.k, request.num_heads_q, device),
+        "heads_per_section": heads_per_section(problem.k, work_heads, device),
     }
     packed = np.zeros(1, params_dtype(cell.params))
     for field in cell.params:
@@ -101,17 +117,22 @@ def pack_params(problem: Problem, kernel: Kernel, device: DeviceInfo) -> np.ndar
     return packed
 
 
-def heads_per_section(k: ArraySpec, num_heads_q: int, device: DeviceInfo) -> int:
-    """How many (batch, query head) pairs fit K and V into two thirds of the L2 cache; whole groups of a KV head where one fits."""
+def heads_per_section(k: ArraySpec, work_heads: int, device: DeviceInfo) -> int:
+    """How many (batch, head) pairs of the work list fit K and V into two thirds of the L2 cache; whole groups of a key head if one fits."""
     batch, seqlen_k, num_heads_kv, head_dim = k.shape
-    group = num_heads_q // num_heads_kv
+    group = work_heads // num_heads_kv
     kv_bytes = 2 * seqlen_k * head_dim * 2
-    return min(batch * num_heads_q, max(1, device.l2_bytes * 2 // 3 // kv_bytes) * group)
+    return min(batch * work_heads, max(1, device.l2_bytes * 2 // 3 // kv_bytes) * group)
 
 
 def grid_size(mode: PersistentMode, num_tiles: int, device: DeviceInfo) -> int:
     """CTAs of a launch: one per tile, or as many as the persistent mode allows."""
     return min(num_tiles, mode.num_sms or device.num_sms) if mode.persistent else num_tiles
+
+
+def _words(array: np.ndarray) -> memoryview:
+    """The array's bytes as 64-bit words, through which they can be set."""
+    return array.view(np.uint8).data.cast("Q")
 
 
 @lru_cache(maxsize=4096)

@@ -37,20 +37,22 @@ FA3_FWD_FIELDS: tuple[ParamField, ...] = (
     ParamField("seqlen_q", "int", "query rows of each sequence"),
     ParamField("seqlen_k", "int", "keys of each sequence"),
     ParamField("num_heads_q", "int", "query heads"),
-    ParamField("heads_per_kv_head", "int", "num_heads_q / num_heads_kv"),
     ParamField("head_dim", "int", "columns of q, k, v and o that exist, at most kHeadDim"),
-    ParamField("num_m_blocks", "int", "ceil(seqlen_q / kTileM)"),
-    ParamField("num_tiles", "int", "num_m_blocks * num_heads_q * batch"),
+    ParamField("num_m_blocks", "int", "ceil(seqlen_q / kQueriesPerTile)"),
+    ParamField("num_tiles", "int", "num_m_blocks * heads of the work list * batch"),
     ParamField("softmax_scale_log2", "float", "softmax_scale * log2(e)"),
 )
 _TILE_COUNTER = ParamField("tile_counter", "int*", "one number, 0 before and after a launch")
-_HEADS_PER_SECTION = ParamField("heads_per_section", "int", "(batch, head) pairs whose K and V share the L2 cache")
+_HEADS_PER_KV_HEAD = ParamField("heads_per_kv_head", "int", "num_heads_q / num_heads_kv")
+_NUM_HEADS_KV = ParamField("num_heads_kv", "int", "key heads, the heads of the work list")
+_HEADS_PER_SECTION = ParamField("heads_per_section", "int", "(batch, head) pairs of the work list whose K and V share the L2 cache")
 
 
-def fa3_fwd_params(causal: bool, dynamic_scheduler: bool) -> tuple[ParamField, ...]:
+def fa3_fwd_params(causal: bool, packed: bool, dynamic_scheduler: bool) -> tuple[ParamField, ...]:
     """The fields of an fa3 forward cell, widest first so that no compiler pads between them."""
     addresses, others = FA3_FWD_FIELDS[:2], FA3_FWD_FIELDS[2:]
-    return addresses + (_TILE_COUNTER,) * dynamic_scheduler + others + (_HEADS_PER_SECTION,) * causal
+    heads = _NUM_HEADS_KV if packed else _HEADS_PER_KV_HEAD
+    return addresses + (_TILE_COUNTER,) * dynamic_scheduler + (*others, heads) + (_HEADS_PER_SECTION,) * causal
 
 
 def params_dtype(fields: tuple[ParamField, ...]) -> np.dtype:

@@ -6,9 +6,10 @@ Requests and Problem are the only places that raise on user input.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from .dispatch import ARCHS, FP8_DTYPES, DispatchKey, cell_head_dim
+from .arch.sm90 import FA3_FWD_TILES
+from .dispatch import ARCHS, FP8_DTYPES, MAX_GQA_RATIO, DispatchKey, cell_head_dim
 from .errors import (
     EmptyBatch,
     Fa3RequiresHopper,
@@ -176,6 +177,7 @@ class AttentionRequest:
         return self.softmax_scale if self.softmax_scale is not None else 1.0 / math.sqrt(self.head_dim)
 
     def _key(self, family: str, direction: str) -> DispatchKey:
+        """The key of this request, heads not packed."""
         head_dim = cell_head_dim(self.head_dim)
         assert head_dim is not None  # checked when the request was made
         return DispatchKey(
@@ -206,4 +208,23 @@ class Fa3FwdRequest(AttentionRequest):
 
     def dispatch_key(self) -> DispatchKey:
         """The cell this request needs; whether it exists is DISPATCH_TABLE's to say."""
-        return self._key("fa3", "fwd")
+        key = self._key("fa3", "fwd")
+        tile_m = FA3_FWD_TILES[key.head_dim, key.causal].tile_m
+        return replace(key, gqa_ratio=packed_gqa_ratio(self.seqlen_q, self.num_heads_q // self.num_heads_kv, tile_m))
+
+
+PACKING_GAIN = 0.9  # heads are packed when whole tiles of single heads would use less than this share of what packed tiles use
+
+
+def packed_gqa_ratio(seqlen_q: int, gqa_ratio: int, tile_m: int) -> int:
+    """How many query heads of a group to pack into one tile's rows: all of them where that fills tiles much better, else 1.
+
+    Short queries leave most of a tile empty; a group's heads share their keys, so one tile can serve them all (FlashAttention-3's rule).
+    """
+    if gqa_ratio == 1 or gqa_ratio > MAX_GQA_RATIO:
+        return 1
+    tiles = -(-seqlen_q // tile_m)
+    packed_tiles = -(-seqlen_q // (tile_m // gqa_ratio))
+    filled = seqlen_q / (tiles * tile_m)
+    packed_filled = seqlen_q * gqa_ratio / (packed_tiles * tile_m)
+    return gqa_ratio if filled < PACKING_GAIN * packed_filled else 1

@@ -17,21 +17,37 @@ _MAX_MAPS = 1024  # addresses remembered per geometry: a caller that never reuse
 
 @dataclass(frozen=True)
 class TensorMapGeometry:
-    """Everything about a map but the address: a (batch, rows, heads, columns) array, strides in elements, and boxes of box_rows x
-    box_columns of one head, stored in shared memory with a swizzle as wide as the box (box_columns * 2 bytes)."""
+    """Everything about a map but the address, dimensions innermost first as the driver counts them.
 
-    shape: tuple[int, ...]
+    extents, box: elements. strides: elements, of every dimension but the innermost, which is contiguous. The box is stored in shared
+    memory with a swizzle as wide as its rows (box[0] * 2 bytes).
+    """
+
+    extents: tuple[int, ...]
     strides: tuple[int, ...]
+    box: tuple[int, ...]
     dtype: str
-    box_rows: int
-    box_columns: int
 
     @classmethod
-    def of(cls, spec: ArraySpec, box_rows: int, box_columns: int) -> TensorMapGeometry:
-        """The geometry of `spec`. A dimension of extent 1 gets a stride of 16 bytes: its own is never used and may be illegal."""
-        legal = 16 // _ELEMENT_BYTES
-        strides = tuple(stride if extent > 1 else legal for stride, extent in zip(spec.strides, spec.shape, strict=True))
-        return cls(spec.shape, strides, spec.dtype, box_rows, box_columns)
+    def of_rows(cls, spec: ArraySpec, rows: int, columns: int) -> TensorMapGeometry:
+        """(batch, seqlen, heads, head_dim) in boxes of `rows` rows of one head: dimensions (column, row, head, batch)."""
+        batch, seqlen, heads, head_dim = spec.shape
+        by_batch, by_row, by_head, _ = spec.strides
+        return cls._legal((head_dim, seqlen, heads, batch), (by_row, by_head, by_batch), (columns, rows, 1, 1), spec.dtype)
+
+    @classmethod
+    def of_packed_rows(cls, spec: ArraySpec, queries: int, gqa_ratio: int, columns: int) -> TensorMapGeometry:
+        """The same array in boxes of `queries` rows of the gqa_ratio heads of a group: dimensions (column, head, row, group, batch)."""
+        batch, seqlen, heads, head_dim = spec.shape
+        by_batch, by_row, by_head, _ = spec.strides
+        extents = (head_dim, gqa_ratio, seqlen, heads // gqa_ratio, batch)
+        return cls._legal(extents, (by_head, by_row, by_head * gqa_ratio, by_batch), (columns, gqa_ratio, queries, 1, 1), spec.dtype)
+
+    @classmethod
+    def _legal(cls, extents: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...], dtype: str) -> TensorMapGeometry:
+        """A dimension of extent 1 gets a stride of 16 bytes: its own is never used and may be one that the driver refuses."""
+        used = zip(strides, extents[1:], strict=True)
+        return cls(extents, tuple(stride if extent > 1 else 16 // _ELEMENT_BYTES for stride, extent in used), box, dtype)
 
 
 class TensorMaps:
@@ -55,11 +71,9 @@ class TensorMaps:
 
 
 def encode(geometry: TensorMapGeometry, pointer: int) -> Any:
-    """A CUtensorMap of rank 4, innermost dimension first: (columns, rows, heads, batch); elements outside read as zero."""
+    """A CUtensorMap; elements outside the array read as zero."""
     from cuda.bindings import driver
 
-    batch, rows, heads, columns = geometry.shape
-    stride_batch, stride_row, stride_head, _ = geometry.strides
     u64, u32 = driver.cuuint64_t, driver.cuuint32_t
     types = driver.CUtensorMapDataType
     swizzles = driver.CUtensorMapSwizzle
@@ -67,15 +81,15 @@ def encode(geometry: TensorMapGeometry, pointer: int) -> Any:
         128: swizzles.CU_TENSOR_MAP_SWIZZLE_128B,
         64: swizzles.CU_TENSOR_MAP_SWIZZLE_64B,
         32: swizzles.CU_TENSOR_MAP_SWIZZLE_32B,
-    }[geometry.box_columns * _ELEMENT_BYTES]
+    }[geometry.box[0] * _ELEMENT_BYTES]
     error, tensor_map = driver.cuTensorMapEncodeTiled(
         {"bf16": types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, "f16": types.CU_TENSOR_MAP_DATA_TYPE_FLOAT16}[geometry.dtype],
-        4,
+        len(geometry.extents),
         pointer,
-        [u64(extent) for extent in (columns, rows, heads, batch)],
-        [u64(stride * _ELEMENT_BYTES) for stride in (stride_row, stride_head, stride_batch)],
-        [u32(extent) for extent in (geometry.box_columns, geometry.box_rows, 1, 1)],
-        [u32(1)] * 4,
+        [u64(extent) for extent in geometry.extents],
+        [u64(stride * _ELEMENT_BYTES) for stride in geometry.strides],
+        [u32(extent) for extent in geometry.box],
+        [u32(1)] * len(geometry.box),
         driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
         swizzle,
         driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,

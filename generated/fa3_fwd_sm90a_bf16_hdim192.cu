@@ -51,18 +51,18 @@ struct Params {
   int seqlen_q;  // query rows of each sequence
   int seqlen_k;  // keys of each sequence
   int num_heads_q;  // query heads
-  int heads_per_kv_head;  // num_heads_q / num_heads_kv
   int head_dim;  // columns of q, k, v and o that exist, at most kHeadDim
-  int num_m_blocks;  // ceil(seqlen_q / kTileM)
-  int num_tiles;  // num_m_blocks * num_heads_q * batch
+  int num_m_blocks;  // ceil(seqlen_q / kQueriesPerTile)
+  int num_tiles;  // num_m_blocks * heads of the work list * batch
   float softmax_scale_log2;  // softmax_scale * log2(e)
+  int heads_per_kv_head;  // num_heads_q / num_heads_kv
 };
 static_assert(sizeof(Params) == 88, "params.py packs another layout");
 
-// One CTA's piece of work: kTileM query rows of one head of one sequence.
+// One CTA's piece of work: kTileM rows of one head of one sequence.
 struct Tile {
   int m_block;
-  int head;
+  int head;  // of params.num_heads_q
   int batch;
 };
 
@@ -119,6 +119,17 @@ struct SharedStorage {
 };
 static_assert(sizeof(SharedStorage) == 222208, "cell.py computes another size");
 
+// A tile's rows are queries of one head.
+constexpr int kQueriesPerTile = kTileM;
+CUTLASS_FA_DEVICE int query_of(Tile const& tile, int row) { return tile.m_block * kTileM + row; }
+CUTLASS_FA_DEVICE int head_of(Tile const& tile, int) { return tile.head; }
+CUTLASS_FA_DEVICE int kv_head_of(Params const& params, Tile const& tile) { return tile.head / params.heads_per_kv_head; }
+CUTLASS_FA_DEVICE bool is_row(Params const& params, Tile const& tile, int row) { return query_of(tile, row) < params.seqlen_q; }
+constexpr int kQBytesPerChunk = kTileM * 128;
+CUTLASS_FA_DEVICE void load_q_chunk(TensorMap const& map, Mbarrier& full, char* destination, int column, Tile const& tile) {
+  tma_load(map, full, CacheHint::kEvictFirst, destination, column, tile.m_block * kTileM, tile.head, tile.batch);
+}
+
 // Every query sees every key.
 CUTLASS_FA_DEVICE int key_end(Params const& params, int query) { return params.seqlen_k; }
 // Key blocks [0, n_block_end) hold every key that some query before `query_end` sees.
@@ -146,18 +157,22 @@ CUTLASS_FA_DEVICE void store_o(Params const& params, Tile const& tile, int row_i
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     RowResult const result = finalize(rows, r, params.softmax_scale_log2);
-    int const query = tile.m_block * kTileM + row_in_tile + 8 * r;
-    bool const in_range = query < params.seqlen_q;
-    int64_t const batch_head = static_cast<int64_t>(tile.batch) * params.num_heads_q + tile.head;
-    if (in_range && quad_lane == 0 && params.lse != nullptr) { params.lse[batch_head * params.seqlen_q + query] = result.lse; }
-    Element* const o_row = static_cast<Element*>(params.o) + tile.batch * params.o_stride_batch + query * params.o_stride_row + tile.head * params.o_stride_head;
+    int const row = row_in_tile + 8 * r;
+    int64_t const query = query_of(tile, row);
+    int64_t const head = head_of(tile, row);
+    bool const in_range = is_row(params, tile, row);
+    if (in_range && quad_lane == 0 && params.lse != nullptr) {
+      params.lse[(tile.batch * static_cast<int64_t>(params.num_heads_q) + head) * params.seqlen_q + query] = result.lse;
+    }
+    Element* const o_row = static_cast<Element*>(params.o) + tile.batch * params.o_stride_batch + query * params.o_stride_row + head * params.o_stride_head;
 #pragma unroll
     for (int group = 0; group < kHeadDim; group += 32) {  // 32 columns: four accumulator blocks of 8
       uint32_t word[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         int const block = group / 8 + j;
-        word[j] = 8 * block < kHeadDim ? pack2<Element>(acc_o[4 * block + 2 * r] * result.normalizer, acc_o[4 * block + 2 * r + 1] * result.normalizer) : 0;
+        float const* const pair = acc_o + 4 * block + 2 * r;
+        word[j] = 8 * block < kHeadDim ? pack2<Element>(pair[0] * result.normalizer, pair[1] * result.normalizer) : 0;
       }
       quad_transpose(word, quad_lane);
       int const column = group + 8 * quad_lane;
@@ -168,13 +183,21 @@ CUTLASS_FA_DEVICE void store_o(Params const& params, Tile const& tile, int row_i
 
 // ---- producer: one thread starts every copy -------------------------------------------------------------------------------------------
 
-// The rows of one head from `row` on, a chunk of columns at a time.
-template <int kChunkBytes>
-CUTLASS_FA_DEVICE void load_tile(TensorMap const& map, Mbarrier& full, CacheHint hint, char* destination, int row, int head, int batch) {
-  full.arrive_and_expect(kChunks * kChunkBytes);
+// A tile's rows of Q, a chunk of columns at a time.
+CUTLASS_FA_DEVICE void load_q(TensorMap const& map, Mbarrier& full, char* destination, Tile const& tile) {
+  full.arrive_and_expect(kChunks * kQBytesPerChunk);
 #pragma unroll 1
   for (int chunk = 0; chunk < kChunks; ++chunk) {
-    tma_load(map, full, hint, destination + chunk * kChunkBytes, chunk * kChunkColumns, row, head, batch);
+    load_q_chunk(map, full, destination + chunk * kQChunkBytes, chunk * kChunkColumns, tile);
+  }
+}
+
+// kTileN keys of K or V.
+CUTLASS_FA_DEVICE void load_kv(TensorMap const& map, Mbarrier& full, char* destination, int n_block, int kv_head, int batch) {
+  full.arrive_and_expect(kChunks * kKvChunkBytes);
+#pragma unroll 1
+  for (int chunk = 0; chunk < kChunks; ++chunk) {
+    tma_load(map, full, CacheHint::kEvictLast, destination + chunk * kKvChunkBytes, chunk * kChunkColumns, n_block * kTileN, kv_head, batch);
   }
 }
 
@@ -184,21 +207,21 @@ CUTLASS_FA_DEVICE void produce(SharedStorage& shared, TensorMap const& map_q, Te
   PipelineState<1> tile_pipe;
   for (int index = block_index(); index < params.num_tiles;) {
     Tile const tile = tile_of(params, index);
-    int const kv_head = tile.head / params.heads_per_kv_head;
+    int const kv_head = kv_head_of(params, tile);
     auto load_k = [&](int n_block) {
       shared.k_empty[k_pipe.stage].wait(k_pipe.parity ^ 1);
-      load_tile<kKvChunkBytes>(map_k, shared.k_full[k_pipe.stage], CacheHint::kEvictLast, shared.k[k_pipe.stage], n_block * kTileN, kv_head, tile.batch);
+      load_kv(map_k, shared.k_full[k_pipe.stage], shared.k[k_pipe.stage], n_block, kv_head, tile.batch);
       k_pipe.advance();
     };
     auto load_v = [&](int n_block) {
       shared.v_empty[v_pipe.stage].wait(v_pipe.parity ^ 1);
-      load_tile<kKvChunkBytes>(map_v, shared.v_full[v_pipe.stage], CacheHint::kEvictLast, shared.v[v_pipe.stage], n_block * kTileN, kv_head, tile.batch);
+      load_kv(map_v, shared.v_full[v_pipe.stage], shared.v[v_pipe.stage], n_block, kv_head, tile.batch);
       v_pipe.advance();
     };
-    int const last_block = n_block_end(params, tile.m_block * kTileM + kTileM) - 1;
+    int const last_block = n_block_end(params, (tile.m_block + 1) * kQueriesPerTile) - 1;
     if (last_block >= 0) {
       shared.q_empty.wait(q_pipe.parity ^ 1);
-      load_tile<kQChunkBytes>(map_q, shared.q_full, CacheHint::kEvictFirst, shared.q, tile.m_block * kTileM, tile.head, tile.batch);
+      load_q(map_q, shared.q_full, shared.q, tile);
       q_pipe.advance();
     }
     for (int n_block = last_block; n_block >= 0; --n_block) {  // K runs one block ahead of V, as the consumers ask for it
@@ -292,9 +315,9 @@ CUTLASS_FA_DEVICE void attend(Consumer& self, SharedStorage& shared, Params cons
                               SoftmaxRows& rows) {
   uint32_t p[kTileN / 4];  // probabilities of the block whose P V comes next
   float rescale[2];
-  int const query = tile.m_block * kTileM + self.row_in_tile;
   int const first_column = thread_index() % 4 * 2;
-  int const row_end[2] = {key_end(params, query) - first_column, key_end(params, query + 8) - first_column};
+  int const row_end[2] = {key_end(params, query_of(tile, self.row_in_tile)) - first_column,
+                          key_end(params, query_of(tile, self.row_in_tile + 8)) - first_column};
   auto mask_block = [&](float(&acc_s)[kTileN / 2], int block) {
     int const limit[2] = {row_end[0] - block * kTileN, row_end[1] - block * kTileN};
     apply_mask(acc_s, limit);
@@ -353,10 +376,9 @@ CUTLASS_FA_DEVICE void consume(SharedStorage& shared, Params const& params, int 
     Tile const tile = tile_of(params, index);
     float acc_o[kHeadDim / 2] = {};  // 2 rows x kHeadDim / 4 columns of this thread
     SoftmaxRows rows = {{negative_infinity(), negative_infinity()}, {0.0f, 0.0f}};
-    int n_block = n_block_end(params, tile.m_block * kTileM + kTileM) - 1;
+    int n_block = n_block_end(params, (tile.m_block + 1) * kQueriesPerTile) - 1;
     if (n_block >= 0) {
-      int const own_query = tile.m_block * kTileM + warpgroup * 64;
-      int const own_end = own_query < params.seqlen_q ? n_block_end(params, own_query + 64) : 0;
+      int const own_end = is_row(params, tile, warpgroup * 64) ? n_block_end(params, query_of(tile, warpgroup * 64 + 63) + 1) : 0;
       shared.q_full.wait(self.q_pipe.parity);
       for (; n_block >= own_end; --n_block) { skip_block(self, shared); }
       if (n_block >= 0) {

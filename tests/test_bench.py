@@ -83,18 +83,20 @@ def test_columns_make_a_csv() -> None:
 
 
 def test_peers_take_turns() -> None:
-    order: list[str] = []
-    calls: dict[str, Call] = {name: partial(str, name) for name in "abc"}
-    speed = iter(range(100))
+    """Every round is a permutation, not always the same; a slow call is warmed up with few calls and a quick one with many."""
+    turns: list[tuple[str, int]] = []
+    milliseconds = {"a": 1.0, "b": 10.0, "c": 100.0}
+    calls: dict[str, Call] = {name: partial(str, name) for name in milliseconds}
 
-    def timings(call: Any, count: int) -> list[float]:
-        order.append(call())
-        return [float(next(speed))] * count
+    def timings(call: Any, count: int, lead: int) -> list[float]:
+        turns.append((call(), lead))
+        return [milliseconds[call()] + len(turns)] * count
 
-    medians = interleaved_medians(calls, timings, rounds=4, count=3)
-    assert "".join(order) == "abc" + "bca" + "cab" + "abc"
-    # Turn t took t milliseconds: a had turns 0, 5, 7, 9; b had 1, 3, 8, 10; c had 2, 4, 6, 11.
-    assert medians == {"a": 6.0, "b": 5.5, "c": 5.0}
+    medians = interleaved_medians(calls, timings, rounds=8, count=3)
+    rounds = ["".join(name for name, _ in turns[3 * i : 3 * i + 3]) for i in range(1, 9)]
+    assert all(sorted(order) == ["a", "b", "c"] for order in rounds) and len(set(rounds)) > 1
+    assert set(turns[3:]) == {("a", 20), ("b", 3), ("c", 2)}  # 40 ms of 2, 12 and 103 ms, at least two calls
+    assert medians["a"] < medians["b"] < medians["c"]
 
 
 def test_runs_are_appended_and_read_back(tmp_path: Path) -> None:
@@ -229,7 +231,7 @@ class FakeDevice(ArrayDevice):
     def empty_like(self, x: Any) -> Any:
         return x
 
-    def timings(self, call: Call, count: int) -> list[float]:
+    def timings(self, call: Call, count: int, lead: int) -> list[float]:
         return [1.0 + call()] * count
 
     def synchronize(self) -> None:

@@ -77,7 +77,7 @@ def test_key_refuses_unknown_words() -> None:
         ({"alibi": True}, "alibi"),
         ({"sink": True}, "sink tokens need"),
         ({"paged": True}, "paged"),
-        ({"gqa_ratio": 4}, "gqa_ratio"),
+        ({"gqa_ratio": 128}, "gqa_ratio 128"),
         ({"direction": "bwd", "dtype": "e4m3", "v_dtype": "e4m3"}, "no fp8 backward"),
         ({"direction": "bwd", "paged": True}, "no backward"),
     ],
@@ -100,7 +100,8 @@ def test_valid_keys_are_what_lookup_serves() -> None:
     valid = list(DISPATCH_TABLE.valid_keys())
     assert len(valid) == len(set(valid)) == 2 * len(CELL_HEAD_DIMS) * 2  # dtypes x head_dims x causal
     assert all(DISPATCH_TABLE.lookup(key) is key for key in valid)
-    assert set(DISPATCH_TABLE) <= set(valid)
+    assert {replace(key, gqa_ratio=1) for key in DISPATCH_TABLE} <= set(valid)
+    assert all(DISPATCH_TABLE.lookup(key) is key for key in DISPATCH_TABLE)
 
 
 def test_strict_lookup_serves_registered_cells_only() -> None:

@@ -60,11 +60,23 @@ def test_masks() -> None:
 
 
 def test_request_key_says_presence_not_values() -> None:
-    assert str(REQUEST.dispatch_key()) == "fa3_fwd_sm90a_bf16_hdim128"
-    everything = replace(REQUEST, mask=SlidingCausal(7), sink_tokens=3, position_bias=PositionBias(alibi=True), head_dim=72, dtype="f16")
+    assert str(replace(REQUEST, seqlen_q=128).dispatch_key()) == "fa3_fwd_sm90a_bf16_hdim128"
+    everything = replace(
+        REQUEST, seqlen_q=192, mask=SlidingCausal(7), sink_tokens=3, position_bias=PositionBias(alibi=True), head_dim=72, dtype="f16"
+    )
     assert str(everything.dispatch_key()) == "fa3_fwd_sm90a_f16_hdim80_causal_window_alibi_sink"
     assert replace(everything, mask=SlidingCausal(9), sink_tokens=5, softmax_scale=3.0).dispatch_key() == everything.dispatch_key()
+    assert everything.dispatch_key().gqa_ratio == 1
     assert REQUEST.scale == pytest.approx(128**-0.5) and replace(REQUEST, softmax_scale=2.0).scale == 2.0
+
+
+@pytest.mark.parametrize(
+    ("seqlen_q", "gqa_ratio", "packed"),
+    [(1, 8, 8), (64, 4, 4), (128, 4, 1), (4096, 4, 1), (1, 1, 1), (129, 8, 8), (1000, 8, 1), (1, 128, 1), (3, 5, 5)],
+)
+def test_heads_are_packed_where_queries_are_short(seqlen_q: int, gqa_ratio: int, packed: int) -> None:
+    request = replace(REQUEST, seqlen_q=seqlen_q, num_heads_q=gqa_ratio * 2, num_heads_kv=2)
+    assert request.dispatch_key().gqa_ratio == packed
 
 
 def contiguous(shape: tuple[int, ...], dtype: str = "bf16", device: int = 0) -> ArraySpec:

@@ -16,7 +16,7 @@ from cutlass_fa.errors import UnsupportedCell
 from cutlass_fa.params import fa3_fwd_params, params_dtype
 from cutlass_fa.render import environment, include_dir, render, template_dir
 
-KEYS = list(DISPATCH_TABLE.valid_keys())
+KEYS = [*DISPATCH_TABLE.valid_keys(), *(key for key in DISPATCH_TABLE if key.gqa_ratio > 1)]
 TEMPLATES = sorted(template_dir().rglob("*.j2"))
 HEADERS = sorted(include_dir().rglob("*.cuh"))
 
@@ -51,9 +51,10 @@ def test_invalid_key_has_no_cell() -> None:
 
 
 @pytest.mark.parametrize("dynamic_scheduler", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
-def test_params_have_no_holes(causal: bool, dynamic_scheduler: bool) -> None:
-    fields = fa3_fwd_params(causal, dynamic_scheduler)
+def test_params_have_no_holes(causal: bool, packed: bool, dynamic_scheduler: bool) -> None:
+    fields = fa3_fwd_params(causal, packed, dynamic_scheduler)
     dtype = params_dtype(fields)
     offsets = [dtype.fields[field.name][1] for field in fields]
     expected = np.cumsum([0, *(field.size_bytes for field in fields)])

@@ -13,6 +13,7 @@ registers torch.ops.flash_attn_3. A time is the median of CUDA-event timings ove
 from __future__ import annotations
 
 import argparse
+import random
 import shlex
 import statistics
 import subprocess
@@ -35,6 +36,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 TOKENS = 16384  # batch * seqlen
 WIDTH = 2048  # heads * head_dim
 WARM_UP_S = 1.0
+LEAD_MS = 40.0  # longer than the window over which a GPU averages its power
 DISAGREEMENT = 0.05  # between two implementations on standard normal inputs: some roundings of a 16-bit result, no more
 
 DISAGREES = "disagrees"  # the mark of a row whose result is not the peers'
@@ -105,14 +107,20 @@ def grid(arguments: argparse.Namespace) -> Iterator[Point]:
 # ---- measuring -----------------------------------------------------------------------------------------------------------------------
 
 
-def interleaved_medians(calls: dict[str, Call], timings: Callable[[Call, int], list[float]], rounds: int, count: int) -> dict[str, float]:
-    """Median of each call's timings: `rounds` rounds in which every call is timed `count` times, each round starting with another call."""
-    names = list(calls)
-    samples: dict[str, list[float]] = {name: [] for name in names}
-    for round_index in range(rounds):
-        first = round_index % len(names)
-        for name in names[first:] + names[:first]:
-            samples[name] += timings(calls[name], count)
+def interleaved_medians(
+    calls: dict[str, Call], timings: Callable[[Call, int, int], list[float]], rounds: int, count: int
+) -> dict[str, float]:
+    """Median of each call's timings over `rounds` rounds, in each of which every call has a turn, in an order drawn anew.
+
+    A turn is LEAD_MS of the call untimed, then `count` timed ones: a GPU at its power limit runs faster after a gentle kernel than after
+    a hungry one, so every call is measured in the state that it brings about itself.
+    """
+    leads = {name: max(2, round(LEAD_MS / statistics.median(timings(call, 3, 2)))) for name, call in calls.items()}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    order = random.Random(0)
+    for _ in range(rounds):
+        for name in order.sample(list(calls), len(calls)):
+            samples[name] += timings(calls[name], count, leads[name])
     return {name: statistics.median(found) for name, found in samples.items()}
 
 
@@ -165,13 +173,13 @@ def host_microseconds(call: Call, synchronize: Call, batches: int = 25, count: i
 def measure_ceilings(device: ArrayDevice) -> Iterator[Row]:
     """What the GPU does at best: a copy within its memory (bytes read and written), and a matrix product where a library has one."""
     copied, copy = device.copy_call()
-    milliseconds = statistics.median(device.timings(copy, 20))
+    milliseconds = statistics.median(device.timings(copy, 20, 2))
     extra = f"{copied >> 30}GiB d2d"
     yield Row("ceiling", "copy", "bf16", 0, 0, 0, 0, 0, 0, extra, round(milliseconds, 5), None, round(2 * copied / milliseconds / 1e6, 1))
     product = device.matmul_call()
     if product is not None:
         size, multiply = product
-        milliseconds = statistics.median(device.timings(multiply, 20))
+        milliseconds = statistics.median(device.timings(multiply, 20, 10))
         yield Row("ceiling", "matmul", "bf16", 0, 0, 0, 0, size, 0, "", round(milliseconds, 5), round(2 * size**3 / milliseconds / 1e9, 1))
 
 
@@ -180,7 +188,7 @@ def warm_up(device: ArrayDevice) -> None:
     _, copy = device.copy_call()
     end = time.perf_counter() + WARM_UP_S
     while time.perf_counter() < end:
-        device.timings(copy, 20)
+        device.timings(copy, 20, 2)
 
 
 # ---- what it was measured with -------------------------------------------------------------------------------------------------------
@@ -270,7 +278,7 @@ def run_parser() -> argparse.ArgumentParser:
     parser.add_argument("--peers", nargs="*", choices=["fa2", "cudnn", "fa3"], help="only these (default: all there are; none: --peers)")
     parser.add_argument("--fa3-library", type=Path, metavar="PATH", help="shared library that registers torch.ops.flash_attn_3")
     parser.add_argument("--fa3-version", metavar="TEXT", help="what to call it in the results (default: the file's name)")
-    parser.add_argument("--rounds", type=int, default=6, metavar="N", help="turns of each peer at a point (default: 6)")
+    parser.add_argument("--rounds", type=int, default=4, metavar="N", help="turns of each peer at a point (default: 4)")
     parser.add_argument("--calls", type=int, default=10, metavar="N", help="timed calls in a turn (default: 10)")
     parser.add_argument("--host", action="store_true", help="also the host time of a small cached call")
     parser.add_argument("--ceilings", action="store_true", help="also a copy and a matrix product")

@@ -83,8 +83,8 @@ class ArrayDevice(ABC):
     def empty_like(self, x: Any) -> Any: ...
 
     @abstractmethod
-    def timings(self, call: Call, count: int) -> list[float]:
-        """CUDA-event timings of `count` calls in milliseconds, after two that are not timed and give the queue a lead over the host."""
+    def timings(self, call: Call, count: int, lead: int) -> list[float]:
+        """CUDA-event timings of `count` calls in milliseconds, after `lead` untimed ones (at least 2, the queue's lead over the host)."""
 
     @abstractmethod
     def synchronize(self) -> None: ...
@@ -158,11 +158,11 @@ class TorchDevice(ArrayDevice):
     def empty_like(self, x: Any) -> Any:
         return self._torch.empty_like(x)
 
-    def timings(self, call: Call, count: int) -> list[float]:
+    def timings(self, call: Call, count: int, lead: int) -> list[float]:
         event = self._torch.cuda.Event
         pairs = [(event(enable_timing=True), event(enable_timing=True)) for _ in range(count)]
-        call()
-        call()
+        for _ in range(lead):
+            call()
         for start, stop in pairs:
             start.record()
             call()
@@ -206,10 +206,10 @@ class CupyDevice(ArrayDevice):
     def empty_like(self, x: Any) -> Any:
         return self._cupy.empty_like(x)
 
-    def timings(self, call: Call, count: int) -> list[float]:
+    def timings(self, call: Call, count: int, lead: int) -> list[float]:
         pairs = [(self._cupy.cuda.Event(), self._cupy.cuda.Event()) for _ in range(count)]
-        call()
-        call()
+        for _ in range(lead):
+            call()
         for start, stop in pairs:
             start.record()
             call()

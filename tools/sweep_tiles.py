@@ -3,7 +3,7 @@
 
 A candidate is tile_m x tile_n and a scheduler. Predicted: registers a consumer thread needs for S, P and O (of those it has), shared
 memory, and the share of the matrix products that falls inside the problem (what is left after whole tiles,
-and under a causal mask after whole blocks on the diagonal). Candidates are timed in rotation, so that a drifting clock moves all alike.
+and under a causal mask after whole blocks on the diagonal). Each candidate is timed as tools/bench.py times peers.
 
 usage: tools/sweep_tiles.py [--head-dims 64,128] [--causal full|causal|both] [--seqlens 4096,16384] [--tiles 192x112,128x128]
                             [--schedulers static,dynamic] [--rounds N] [--fa3-library FILE]
@@ -26,6 +26,7 @@ from cutlass_fa.cell import Cell
 from cutlass_fa.dispatch import DispatchKey
 from cutlass_fa.kernels import Kernel, obtain
 from cutlass_fa.render import render
+from tools.bench import interleaved_medians
 
 ELEMENTS_PER_ROW = 2048  # num_heads * head_dim
 TOKENS = 16384  # batch * seqlen
@@ -100,23 +101,19 @@ def launchers(cells: list[Cell], kernels: list[Kernel], head_dim: int, causal: b
     return runs
 
 
-def measure(runs: dict[str, Any], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each, over `rounds` rotations of three timed calls; a call before them keeps the GPU behind the host."""
+def event_timings(call: Any, count: int, lead: int) -> list[float]:
+    """CUDA-event timings of `count` calls in milliseconds after `lead` untimed ones."""
     import torch
 
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for round_number in range(rounds + 1):
-        for name, run in runs.items():
-            pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(3)]
-            run()
-            for start, stop in pairs:
-                start.record()
-                run()
-                stop.record()
-            torch.cuda.synchronize()
-            if round_number:  # the first rotation warms up
-                times[name] += [start.elapsed_time(stop) for start, stop in pairs]
-    return {name: statistics.median(values) for name, values in times.items()}
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+    for _ in range(lead):
+        call()
+    for start, stop in pairs:
+        start.record()
+        call()
+        stop.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(stop) for start, stop in pairs]
 
 
 def sweep(head_dim: int, causal: bool, arguments: argparse.Namespace, fa3: Any, pool: ProcessPoolExecutor) -> None:
@@ -126,7 +123,9 @@ def sweep(head_dim: int, causal: bool, arguments: argparse.Namespace, fa3: Any, 
     rates: dict[str, list[float]] = {}
     for seqlen in seqlens:
         flops = 4 * TOKENS * seqlen * ELEMENTS_PER_ROW / (2 if causal else 1)
-        for name, ms in measure(launchers(cells, kernels, head_dim, causal, seqlen, fa3), arguments.rounds).items():
+        for name, ms in interleaved_medians(
+            launchers(cells, kernels, head_dim, causal, seqlen, fa3), event_timings, arguments.rounds, 5
+        ).items():
             rates.setdefault(name, []).append(flops / ms / 1e9)
     best = sorted(rates, key=lambda name: -statistics.geometric_mean(rates[name]))
     by_label = {label(cell): (cell, kernel) for cell, kernel in zip(cells, kernels, strict=True)}

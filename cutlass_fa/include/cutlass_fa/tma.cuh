@@ -33,4 +33,14 @@ CUTLASS_FA_DEVICE void tma_load(TensorMap const& map, Mbarrier& barrier, CacheHi
       : "memory");
 }
 
+// The same for a tensor of five dimensions: (column, head in group, row, group, batch).
+CUTLASS_FA_DEVICE void tma_load(TensorMap const& map, Mbarrier& barrier, CacheHint hint, void* destination, int column, int head, int row,
+                                int group, int batch) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %5, %6, %7}], [%2], "
+      "%8;" ::"r"(shared_address(destination)),
+      "l"(&map), "r"(shared_address(&barrier)), "r"(column), "r"(head), "r"(row), "r"(group), "r"(batch), "l"(static_cast<uint64_t>(hint))
+      : "memory");
+}
+
 }  // namespace cutlass_fa
