@@ -76,6 +76,10 @@ class Cell:
         return self.tile.stages
 
     @property
+    def q_stages(self) -> int:
+        return self.tile.q_stages
+
+    @property
     def gqa_ratio(self) -> int:
         return self.key.gqa_ratio
 
@@ -145,9 +149,9 @@ class Cell:
 
     @property
     def smem_bytes(self) -> int:
-        """sizeof(SharedStorage): Q, the rings of K and V, 2 + 4 * stages mbarriers of 8 bytes and the tile queue's 24, padded to 1024."""
-        data = _round_up(self.q_tile.size_bytes, 1024) + 2 * self.stages * _round_up(self.kv_tile.size_bytes, 1024)
-        return _round_up(data + 8 * (2 + 4 * self.stages) + 24 * self.has_dynamic_scheduler, 1024)
+        """sizeof(SharedStorage): the rings of Q, K and V, their mbarriers of 8 bytes and the tile queue's 24, padded to 1024."""
+        data = self.q_stages * _round_up(self.q_tile.size_bytes, 1024) + 2 * self.stages * _round_up(self.kv_tile.size_bytes, 1024)
+        return _round_up(data + 8 * (2 * self.q_stages + 4 * self.stages) + 24 * self.has_dynamic_scheduler, 1024)
 
     # ---- what WGMMA is told about it ---------------------------------------------------------------------------------------------
 

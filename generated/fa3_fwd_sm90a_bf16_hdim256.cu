@@ -2,6 +2,7 @@
 // cell: fa3_fwd_sm90a_bf16_hdim256   tile 128x80, 2 stages, 384 threads, smem 230400 B
 // regenerate: python tools/regenerate_kernels.py fa3_fwd_sm90a_bf16_hdim256
 // SPDX-License-Identifier: BSD-3-Clause
+#include <cutlass_fa/atomic.cuh>
 #include <cutlass_fa/base.cuh>
 #include <cutlass_fa/math.cuh>
 #include <cutlass_fa/mbarrier.cuh>
@@ -17,10 +18,11 @@ using namespace cutlass_fa;
 
 using Element = bfloat16;
 
-constexpr int kTileM = 128;      // query rows of a CTA, 64 for each consumer warpgroup
-constexpr int kTileN = 80;      // keys of a block
+constexpr int kTileM = 128;  // rows of a CTA's tile, 64 for each consumer warpgroup
+constexpr int kTileN = 80;  // keys of a block
 constexpr int kHeadDim = 256;
-constexpr int kStages = 2;     // key blocks in flight, K and V each
+constexpr int kStages = 2;   // key blocks in flight, K and V each
+constexpr int kQStages = 1;  // tiles of Q: with 2, the next tile's is there before this tile's last product is done
 constexpr int kConsumers = kTileM / 64;
 constexpr int kThreads = kWarpgroupSize * (1 + kConsumers);
 
@@ -33,8 +35,8 @@ constexpr int kKvChunkBytes = 10240;
 constexpr uint64_t kQLayout = 0x4000004000010000ull;  // K-major
 constexpr uint64_t kKLayout = 0x4000004000010000ull;  // K-major
 constexpr uint64_t kVLayout = 0x4000004002800000ull;  // MN-major: head_dim is contiguous, keys are summed over
-constexpr int kVStepBytes = 2048;                    // from one group of 16 keys to the next
-constexpr int kWarpgroupQBytes = 8192;               // from one consumer's 64 rows of Q to the next's, inside a chunk
+constexpr int kVStepBytes = 2048;  // from one group of 16 keys to the next
+constexpr int kWarpgroupQBytes = 8192;  // from one consumer's 64 rows of Q to the next's, inside a chunk
 
 // Where a K-major operand's step-th group of 16 columns starts.
 constexpr int column_step_bytes(int step, int chunk_bytes) { return step * 16 / kChunkColumns * chunk_bytes + step * 16 % kChunkColumns * 2; }
@@ -42,6 +44,7 @@ constexpr int column_step_bytes(int step, int chunk_bytes) { return step * 16 / 
 struct Params {
   void* o;  // (batch, seqlen_q, num_heads_q, head_dim) in the element type, last dimension contiguous
   float* lse;  // (batch, num_heads_q, seqlen_q) natural logarithm, or null
+  int* tile_counter;  // one number, 0 before and after a launch
   int64_t o_stride_batch;  // elements
   int64_t o_stride_row;  // elements
   int64_t o_stride_head;  // elements
@@ -55,7 +58,7 @@ struct Params {
   float softmax_scale_log2;  // softmax_scale * log2(e)
   int heads_per_kv_head;  // num_heads_q / num_heads_kv
 };
-static_assert(sizeof(Params) == 80, "params.py packs another layout");
+static_assert(sizeof(Params) == 88, "params.py packs another layout");
 
 // One CTA's piece of work: kTileM rows of one head of one sequence.
 struct Tile {
@@ -70,16 +73,51 @@ CUTLASS_FA_DEVICE Tile tile_of(Params const& params, int index) {
   int const batch = batch_head / params.num_heads_q;
   return {index - batch_head * params.num_m_blocks, batch_head - batch * params.num_heads_q, batch};
 }
-// CTAs walk the work list side by side.
-CUTLASS_FA_DEVICE int take_tile(Params const&, int index) { return index + grid_size(); }
+
+// A CTA starts with the tile of its own index and takes the others from a counter in global memory, so that no CTA idles while tiles
+// are left. Every tile is followed by one request; the one that makes num_tiles puts the counter back for the next launch.
+CUTLASS_FA_DEVICE int take_tile(Params const& params, int) {
+  int const taken = atomic_add(params.tile_counter, 1);
+  if (taken == params.num_tiles - 1) { *params.tile_counter = 0; }
+  return taken + grid_size();
+}
+
+// The producer passes what it took to the consumers.
+struct TileQueue {
+  Mbarrier full;   // the producer has written `index`
+  Mbarrier empty;  // every consumer warp has read it
+  int index;
+
+  CUTLASS_FA_DEVICE void init(int consumer_warps) {
+    full.init(1);
+    empty.init(consumer_warps);
+  }
+
+  CUTLASS_FA_DEVICE void put(PipelineState<1>& pipe, int next) {
+    empty.wait(pipe.parity ^ 1);
+    index = next;
+    full.arrive();
+    pipe.advance();
+  }
+
+  CUTLASS_FA_DEVICE int get(PipelineState<1>& pipe) {
+    full.wait(pipe.parity);
+    int const next = index;
+    warp_sync();  // all lanes have read before one of them says so
+    if (thread_index() % kWarpSize == 0) { empty.arrive(); }
+    pipe.advance();
+    return next;
+  }
+};
 
 struct SharedStorage {
-  alignas(1024) char q[kChunks * kQChunkBytes];
+  alignas(1024) char q[kQStages][kChunks * kQChunkBytes];
   alignas(1024) char k[kStages][kChunks * kKvChunkBytes];
   alignas(1024) char v[kStages][kChunks * kKvChunkBytes];
-  Mbarrier q_full, q_empty;                    // full: TMA's bytes have landed; empty: every consumer warp has read them
+  Mbarrier q_full[kQStages], q_empty[kQStages];  // full: TMA's bytes have landed; empty: every consumer warp has read them
   Mbarrier k_full[kStages], k_empty[kStages];
   Mbarrier v_full[kStages], v_empty[kStages];
+  TileQueue tiles;
 };
 static_assert(sizeof(SharedStorage) == 230400, "cell.py computes another size");
 
@@ -96,6 +134,7 @@ CUTLASS_FA_DEVICE void load_q_chunk(TensorMap const& map, Mbarrier& full, char* 
 
 // Every query sees every key.
 CUTLASS_FA_DEVICE int key_end(Params const& params, int query) { return params.seqlen_k; }
+
 // Key blocks [0, n_block_end) hold every key that some query before `query_end` sees.
 CUTLASS_FA_DEVICE int n_block_end(Params const& params, int query_end) {
   int const end = key_end(params, min(query_end, params.seqlen_q) - 1);
@@ -167,7 +206,8 @@ CUTLASS_FA_DEVICE void load_kv(TensorMap const& map, Mbarrier& full, char* desti
 
 CUTLASS_FA_DEVICE void produce(SharedStorage& shared, TensorMap const& map_q, TensorMap const& map_k, TensorMap const& map_v, Params const& params) {
   PipelineState<kStages> k_pipe, v_pipe;
-  PipelineState<1> q_pipe;
+  PipelineState<kQStages> q_pipe;
+  PipelineState<1> tile_pipe;
   for (int index = block_index(); index < params.num_tiles;) {
     Tile const tile = tile_of(params, index);
     int const kv_head = kv_head_of(params, tile);
@@ -183,8 +223,8 @@ CUTLASS_FA_DEVICE void produce(SharedStorage& shared, TensorMap const& map_q, Te
     };
     int const last_block = n_block_end(params, (tile.m_block + 1) * kQueriesPerTile) - 1;
     if (last_block >= 0) {
-      shared.q_empty.wait(q_pipe.parity ^ 1);
-      load_q(map_q, shared.q_full, shared.q, tile);
+      shared.q_empty[q_pipe.stage].wait(q_pipe.parity ^ 1);
+      load_q(map_q, shared.q_full[q_pipe.stage], shared.q[q_pipe.stage], tile);
       q_pipe.advance();
     }
     for (int n_block = last_block; n_block >= 0; --n_block) {  // K runs one block ahead of V, as the consumers ask for it
@@ -194,6 +234,7 @@ CUTLASS_FA_DEVICE void produce(SharedStorage& shared, TensorMap const& map_q, Te
     // Taken late, so that the tiles left go to the CTAs that are free first; the answer arrives while the last V waits for its buffer.
     index = take_tile(params, index);
     if (last_block >= 0) { load_v(0); }
+    shared.tiles.put(tile_pipe, index);
   }
 }
 
@@ -203,15 +244,14 @@ struct Consumer {
   int warpgroup;      // 0 .. kConsumers - 1
   int row_in_tile;    // this thread's first row; its second is 8 below
   bool is_signaller;  // one lane of each warp releases buffers for its warp
-  uint64_t q;         // descriptor of this warpgroup's rows of Q
-  PipelineState<1> q_pipe;
+  PipelineState<kQStages> q_pipe;
   PipelineState<kStages> k_pipe, v_pipe;
+  PipelineState<1> tile_pipe;
 };
 
-CUTLASS_FA_DEVICE Consumer make_consumer(SharedStorage& shared, int warpgroup) {
-  int const thread = thread_index() % kWarpgroupSize;
-  int const row_in_tile = warpgroup * 64 + thread / kWarpSize * 16 + thread % kWarpSize / 4;
-  return {warpgroup, row_in_tile, thread % kWarpSize == 0, matrix_descriptor(kQLayout, shared.q + warpgroup * kWarpgroupQBytes)};
+CUTLASS_FA_DEVICE Consumer make_consumer(int warpgroup) {
+  int const warp = thread_index() % kWarpgroupSize / kWarpSize, lane = thread_index() % kWarpSize;
+  return {warpgroup, warpgroup * 64 + warp * 16 + lane / 4, lane == 0};
 }
 
 // Consumers take turns at the tensor cores: while one issues its products, the others do their softmax. Barrier w belongs to
@@ -221,12 +261,13 @@ CUTLASS_FA_DEVICE void pass_turn(int warpgroup) { named_barrier_arrive(warpgroup
 
 // S = Q K^T of one key block. acc_s: 2 rows x kTileN / 4 columns of this thread.
 CUTLASS_FA_DEVICE void issue_qk(Consumer const& self, SharedStorage& shared, float (&acc_s)[kTileN / 2]) {
+  uint64_t const q = matrix_descriptor(kQLayout, shared.q[self.q_pipe.stage] + self.warpgroup * kWarpgroupQBytes);
   uint64_t const k = matrix_descriptor(kKLayout, shared.k[self.k_pipe.stage]);
   pin_registers(acc_s);
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kHeadDim / 16; ++step) {
-    wgmma_ss<Element, Major::kK>(acc_s, advance_descriptor(self.q, column_step_bytes(step, kQChunkBytes)),
+    wgmma_ss<Element, Major::kK>(acc_s, advance_descriptor(q, column_step_bytes(step, kQChunkBytes)),
                                   advance_descriptor(k, column_step_bytes(step, kKvChunkBytes)), step > 0);
   }
   wgmma_commit();
@@ -256,17 +297,20 @@ CUTLASS_FA_DEVICE void release_v(Consumer& self, SharedStorage& shared) {
 }
 
 CUTLASS_FA_DEVICE void release_q(Consumer& self, SharedStorage& shared) {
-  if (self.is_signaller) { shared.q_empty.arrive(); }
+  if (self.is_signaller) { shared.q_empty[self.q_pipe.stage].arrive(); }
   self.q_pipe.advance();
 }
 
-// A key block that the tile needs and this warpgroup's rows do not: its buffers pass by, and so does the turn.
+// A key block that the tile needs and this warpgroup's rows do not: its buffers pass by, and so does the turn. No product brings the
+// lanes of a warp together here, so they wait for each other: a lane that still waited when the buffer is refilled would miss its phase.
 CUTLASS_FA_DEVICE void skip_block(Consumer& self, SharedStorage& shared) {
   wait_turn(self.warpgroup);
   pass_turn(self.warpgroup);
   shared.k_full[self.k_pipe.stage].wait(self.k_pipe.parity);
+  warp_sync();
   release_k(self, shared);
   shared.v_full[self.v_pipe.stage].wait(self.v_pipe.parity);
+  warp_sync();
   release_v(self, shared);
 }
 
@@ -331,7 +375,7 @@ CUTLASS_FA_DEVICE void attend(Consumer& self, SharedStorage& shared, Params cons
 }
 
 CUTLASS_FA_DEVICE void consume(SharedStorage& shared, Params const& params, int warpgroup) {
-  Consumer self = make_consumer(shared, warpgroup);
+  Consumer self = make_consumer(warpgroup);
   if (warpgroup == kConsumers - 1) { pass_turn(warpgroup); }  // the first turn is warpgroup 0's
   for (int index = block_index(); index < params.num_tiles;) {
     Tile const tile = tile_of(params, index);
@@ -340,7 +384,7 @@ CUTLASS_FA_DEVICE void consume(SharedStorage& shared, Params const& params, int 
     int n_block = n_block_end(params, (tile.m_block + 1) * kQueriesPerTile) - 1;
     if (n_block >= 0) {
       int const own_end = is_row(params, tile, warpgroup * 64) ? n_block_end(params, query_of(tile, warpgroup * 64 + 63) + 1) : 0;
-      shared.q_full.wait(self.q_pipe.parity);
+      shared.q_full[self.q_pipe.stage].wait(self.q_pipe.parity);
       for (; n_block >= own_end; --n_block) { skip_block(self, shared); }
       if (n_block >= 0) {
         attend(self, shared, params, tile, n_block, acc_o, rows);
@@ -348,7 +392,7 @@ CUTLASS_FA_DEVICE void consume(SharedStorage& shared, Params const& params, int 
         release_q(self, shared);
       }
     }
-    index = take_tile(params, index);
+    index = shared.tiles.get(self.tile_pipe);  // before the stores, which then overlap with the next tile's loads
     store_o(params, tile, self.row_in_tile, acc_o, rows);
   }
 }
@@ -357,8 +401,11 @@ CUTLASS_FA_DEVICE void consume(SharedStorage& shared, Params const& params, int 
 
 CUTLASS_FA_DEVICE void init_barriers(SharedStorage& shared) {
   constexpr int kConsumerWarps = kConsumers * kWarpgroupSize / kWarpSize;
-  shared.q_full.init(1);  // 1: the producer's arrive_and_expect
-  shared.q_empty.init(kConsumerWarps);
+#pragma unroll
+  for (int stage = 0; stage < kQStages; ++stage) {
+    shared.q_full[stage].init(1);  // 1: the producer's arrive_and_expect
+    shared.q_empty[stage].init(kConsumerWarps);
+  }
 #pragma unroll
   for (int stage = 0; stage < kStages; ++stage) {
     shared.k_full[stage].init(1);
@@ -366,6 +413,7 @@ CUTLASS_FA_DEVICE void init_barriers(SharedStorage& shared) {
     shared.k_empty[stage].init(kConsumerWarps);
     shared.v_empty[stage].init(kConsumerWarps);
   }
+  shared.tiles.init(kConsumerWarps);
   fence_mbarrier_init();
 }
 

@@ -3,6 +3,9 @@
 //
 // A thread holds two rows of the accumulator, interleaved in pairs of columns: element 4 j + 2 r + c is row r, column pair j, column c.
 // A row is spread over the four lanes of a quad. Maxima are kept equal in the quad; sums stay partial until `finalize`.
+// The maximum follows lazily: a row keeps the one it has until a score exceeds it by kMaxLag, in powers of two. Probabilities then reach
+// 2^kMaxLag instead of 1, which costs no precision in a floating-point format and none in the result, because the sum has the same factor;
+// and in nearly every block no row moves, so that the output need not be rescaled (the idea is FlashAttention-4's).
 #pragma once
 
 #include <cutlass_fa/base.cuh>
@@ -11,8 +14,10 @@
 
 namespace cutlass_fa {
 
+constexpr float kMaxLag = 8.0f;  // 2^8 times the sum of a long row is far below float16's and float's largest numbers
+
 struct SoftmaxRows {
-  float max[2];  // largest score so far, before scaling; equal in the quad
+  float max[2];  // the scores' origin: at most kMaxLag / scale_log2 below the largest score so far; equal in the quad
   float sum[2];  // sum of exp2((score - max) * scale_log2) over this thread's columns
 };
 
@@ -30,8 +35,16 @@ CUTLASS_FA_DEVICE void online_softmax(float (&acc_s)[kSize], SoftmaxRows& rows, 
     }
     row_max = quad_max(row_max);
     // -inf - -inf would be NaN: a row without any key yet is measured from 0
-    float const base = kMayBeEmpty && row_max == negative_infinity() ? 0.0f : row_max;
-    rescale[r] = kFirst ? 1.0f : exp2_approx((rows.max[r] - base) * scale_log2);
+    float base = kMayBeEmpty && row_max == negative_infinity() ? 0.0f : row_max;
+    rescale[r] = 1.0f;
+    if constexpr (!kFirst) {
+      float const lag = (base - rows.max[r]) * scale_log2;
+      if (lag <= kMaxLag) {
+        base = row_max = rows.max[r];
+      } else {
+        rescale[r] = exp2_approx(-lag);
+      }
+    }
     rows.max[r] = row_max;
 
     float const base_scaled = base * scale_log2;
@@ -50,12 +63,14 @@ CUTLASS_FA_DEVICE void online_softmax(float (&acc_s)[kSize], SoftmaxRows& rows, 
   }
 }
 
-// Output rows follow their scores when the row maximum moves.
+// Output rows follow their scores where some row of the warp has moved.
 template <int kSize>
 CUTLASS_FA_DEVICE void rescale_rows(float (&acc_o)[kSize], float const (&rescale)[2]) {
+  if (warp_any(rescale[0] != 1.0f || rescale[1] != 1.0f)) {
 #pragma unroll
-  for (int i = 0; i < kSize; ++i) {
-    acc_o[i] *= rescale[(i >> 1) & 1];
+    for (int i = 0; i < kSize; ++i) {
+      acc_o[i] *= rescale[(i >> 1) & 1];
+    }
   }
 }
 

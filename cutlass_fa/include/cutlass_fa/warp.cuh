@@ -17,6 +17,9 @@ CUTLASS_FA_DEVICE void warp_sync() { __syncwarp(); }
 // Lane 0's value; tells the compiler that the result is the same in the whole warp.
 CUTLASS_FA_DEVICE int warp_uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
 
+// Whether the condition holds in some lane.
+CUTLASS_FA_DEVICE bool warp_any(bool condition) { return __any_sync(0xffffffffu, condition); }
+
 // The four lanes 4q .. 4q+3 hold one row of a tensor-core accumulator between them.
 CUTLASS_FA_DEVICE float quad_max(float value) {
   value = fmaxf(value, shuffle_xor(value, 2));
