@@ -85,6 +85,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_explain(commands.add_parser("explain", help="what a cell is made of: tile, registers, machine code; or why it does not exist"))
     _add_precompile(commands.add_parser("precompile", help="compile cells into the cache before they are needed"))
     _add_cache(commands.add_parser("cache", help="look at, check or empty the cache of compiled kernels"))
+    _add_run(commands.add_parser("run", help="run one kernel on the CPU, by the executor, and compare it with the reference"))
     return parser
 
 
@@ -141,6 +142,36 @@ def _positive(text: str) -> int:
 
 
 # ---- demo and explain ----------------------------------------------------------------------------------------------------------------
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Compile a cell's translation unit with the host's C++ compiler and run it on the CPU at a small shape, every asynchronous act "
+        "as early or as late as the GPU might. Needs g++ and no GPU; docs/executor.md says what it checks."
+    )
+    parser.add_argument("key", help=f"a cell's name, e.g. {EXAMPLE_KEY}")
+    parser.add_argument("--executor", action="store_true", required=True, help="on the CPU executor, so far the only way to run one cell")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="draws the inputs and the schedule (default: 0)")
+    for name, default in (("batch", 1), ("seqlen-q", 77), ("seqlen-k", 150), ("kv-heads", 1)):
+        parser.add_argument(f"--{name}", type=_positive, default=default, metavar="N", help=f"default: {default}")
+    parser.add_argument("--head-dim", type=_positive, metavar="N", help="default: the cell's own")
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from .executor.run import RunShape, run_key
+
+    key = DispatchKey.parse(arguments.key)
+    group = key.gqa_ratio if key.gqa_ratio > 1 else 2
+    shape = RunShape(
+        batch=arguments.batch,
+        seqlen_q=arguments.seqlen_q,
+        seqlen_k=arguments.seqlen_k,
+        num_heads_q=arguments.kv_heads * group,
+        num_heads_kv=arguments.kv_heads,
+        head_dim=arguments.head_dim or 0,
+    )
+    return 0 if run_key(key, sys.stdout, shape=shape, seed=arguments.seed) else 1
 
 
 def _demo(arguments: argparse.Namespace) -> int:

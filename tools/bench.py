@@ -158,7 +158,7 @@ def measure_host(devices: Sequence[ArrayDevice]) -> Iterator[Row]:
             yield Row(peer, "host", "bf16", 128, 1, 16, 16, 64, 0, extra, round(microseconds / 1e3, 5))
 
 
-def host_microseconds(call: Call, synchronize: Call, batches: int = 25, count: int = 200) -> float:
+def host_microseconds(call: Call, synchronize: Call, batches: int = 60, count: int = 50) -> float:
     """Median over batches of the time a call takes to return; the GPU is idle at each batch's start, and its queue never fills."""
     samples = []
     for _ in range(batches + 1):
