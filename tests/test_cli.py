@@ -107,7 +107,7 @@ def test_explain_text_and_states(warm: None, capsys: pytest.CaptureFixture[str])
 @needs_nvrtc
 @pytest.mark.compile
 def test_explain_of_a_request(warm: None) -> None:
-    request = Fa3FwdRequest(batch=1, seqlen_q=5, seqlen_k=7, num_heads_q=4, num_heads_kv=2, head_dim=104, mask=Causal())
+    request = Fa3FwdRequest(batch=1, seqlen_q=5, seqlen_k=7, num_heads_q=4, num_heads_kv=4, head_dim=104, mask=Causal())
     report = explain(request)
     assert isinstance(report, Explanation) and report.key == CAUSAL_128 and "head_dim 104" in report.notes[0]
 
@@ -134,7 +134,7 @@ def test_explain_without_a_disassembler(warm: None, monkeypatch: pytest.MonkeyPa
         (("--head-dim", "64", "--backward"), "fa2_bwd_sm90a_bf16_hdim64", "family fa2 is not built yet"),
         (("--head-dim", "64", "--dtype", "bf16", "--v-dtype", "f16"), "fa3_fwd_sm90a_bf16_vf16_hdim64", "16-bit types must agree"),
         (("--head-dim", "64", "--sink"), "fa3_fwd_sm90a_bf16_hdim64_sink", "sink tokens need a causal mask or a sliding window"),
-        (("--head-dim", "64", "--gqa-ratio", "4"), "fa3_fwd_sm90a_bf16_hdim64_gqa4", "packing query heads"),
+        (("--head-dim", "64", "--gqa-ratio", "128"), "fa3_fwd_sm90a_bf16_hdim64_gqa128", "at most 64 query heads"),
         ((UNBUILT,), UNBUILT, "paged is not built yet"),
         (("fa3_fwd_sm91",), "fa3_fwd_sm91", "is not a key's name"),
     ],
