@@ -32,7 +32,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @needs_nvrtc
 @pytest.mark.compile
 def test_keys_names_and_requests_are_compiled_once(own_cache: Path) -> None:
-    request = Fa3FwdRequest(batch=1, seqlen_q=5, seqlen_k=7, num_heads_q=4, num_heads_kv=2, head_dim=56)
+    request = Fa3FwdRequest(batch=1, seqlen_q=5, seqlen_k=7, num_heads_q=4, num_heads_kv=4, head_dim=56)
     (first,) = precompile([FULL_64, request, request.dispatch_key()])
     assert (first.key, first.state, first.ok) == (FULL_64, "compiled", True) and first.seconds > 0
     assert first.path is not None and Path(first.path).parent == own_cache
