@@ -42,9 +42,9 @@ extern "C" __global__ void kernel(float* out, unsigned long long a, unsigned lon
 # An array that is indexed at run time lives in local memory.
 LOCAL = """\
 extern "C" __global__ void kernel(float* x, int at) {
-  volatile float held[64];
-  for (int i = 0; i < 64; ++i) { held[i] = x[i] * x[i + 1]; }
-  x[0] = held[at & 63];
+  float held[256] = {};
+  for (int i = 0; i < at; ++i) { held[(i * at) & 255] += x[i]; }  // no compiler knows the indices: the array must have addresses
+  x[0] = held[at & 255];
 }
 """
 
