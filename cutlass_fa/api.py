@@ -48,7 +48,7 @@ def flash_attn_func(
     backend: "cuda", or "reference": NumPy arrays, computed in float64 on the CPU and rounded to q's dtype.
 
     Returns out, or (out, lse). A query that sees no key gets out 0 and lse -inf. Runs asynchronously on the caller's current stream and
-    device; after a first call on a shape it may be captured in a CUDA graph.
+    device; after a first call on a shape it may be captured in a CUDA graph (of which one instance runs at a time).
     Raises InvalidArgument, UnsupportedDtype, UnsupportedHeadDim, InvalidGqaRatio, EmptyBatch, ZeroSeqlen, SeqlenOverflow, SinkWithoutMask
     for bad input, UnsupportedCell for a combination without a kernel, MockMode where there is no GPU, CompileError, CompileDisabled.
     """

@@ -2,7 +2,8 @@
 
 A kernel finds its counter at 0 and leaves it at 0. Launches that may run at the same time must not share one, so an eager launch takes
 the next of a ring far longer than any queue of launches, and a launch captured in a CUDA graph, which may be replayed at any time, takes
-one that is never given out again.
+one that is never given out again. Two executable graphs made from one capture share it, as they share their output: they must not run
+at the same time.
 """
 
 from __future__ import annotations
