@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cutlass_fa/base.cuh>
+#include <cutlass_fa/pipeline.cuh>
 #include <cutlass_fa/shared_memory.cuh>
 
 namespace cutlass_fa {
@@ -43,19 +44,5 @@ struct Mbarrier {
 
 // Makes initialised barriers visible to the copy engine; the initialising thread calls it before the CTA's first barrier.
 CUTLASS_FA_DEVICE void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-
-// Which stage of a ring comes next, and the parity of the phase that fills it.
-template <int kStages>
-struct PipelineState {
-  int stage = 0;
-  uint32_t parity = 0;
-
-  CUTLASS_FA_DEVICE void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
 
 }  // namespace cutlass_fa

@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Host twin of math.cuh.
+#pragma once
+
+#include <cutlass_fa/base.cuh>
+
+namespace cutlass_fa {
+
+constexpr float kLn2 = 0.6931471805599453f;
+
+CUTLASS_FA_DEVICE float negative_infinity() { return __int_as_float(0xff800000); }
+
+CUTLASS_FA_DEVICE float exp2_approx(float x) { return executor::exp2_approx(x); }
+
+CUTLASS_FA_DEVICE float log2_approx(float x) { return executor::log2_approx(x); }
+
+template <class Element>
+CUTLASS_FA_DEVICE uint32_t pack2(float low, float high) {
+  static_assert(is_same<Element, bfloat16> || is_same<Element, float16>, "pack2 makes bf16 or f16 pairs");
+  if constexpr (is_same<Element, bfloat16>) {
+    return executor::bfloat16_bits(low) | executor::bfloat16_bits(high) << 16;
+  } else {
+    return executor::float16_bits(low) | executor::float16_bits(high) << 16;
+  }
+}
+
+}  // namespace cutlass_fa

@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// What the host twins of the primitives call: one function per act, implemented in executor/runtime/. Each acts for the fiber (the CUDA
+// thread) that calls it, may let other fibers run first, and ends the process with a report when the act is a fault.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include <cutlass_fa_executor/site.hpp>
+
+namespace cutlass_fa::executor {
+
+// ---- shared memory -----------------------------------------------------------------------------------------------------------------
+
+void* dynamic_shared_memory(std::size_t bytes_needed, Site site);
+std::uint32_t shared_address(void const* pointer);
+void fence_async_proxy(Site site);
+
+// ---- barriers ----------------------------------------------------------------------------------------------------------------------
+
+void block_sync(Site site);
+void named_barrier_sync(int id, int threads, Site site);
+void named_barrier_arrive(int id, int threads, Site site);
+
+void mbarrier_init(std::uint64_t* state, std::uint32_t arrivals, Site site);
+void mbarrier_fence_init(Site site);
+void mbarrier_arrive(std::uint64_t* state, Site site);
+void mbarrier_arrive_and_expect(std::uint64_t* state, std::uint32_t bytes, Site site);
+void mbarrier_wait(std::uint64_t* state, std::uint32_t parity, Site site);
+
+// ---- warps -------------------------------------------------------------------------------------------------------------------------
+
+// kSync exchanges nothing and orders memory; shuffles and votes order no memory. kVote returns a bit for each lane whose value is not 0.
+enum class Exchange { kSync, kXor, kIndex, kVote };
+std::uint32_t exchange(Exchange kind, std::uint32_t value, int operand, Site site);
+
+void shrink_registers(int registers, Site site);
+void grow_registers(int registers, Site site);
+
+// ---- atomics on global memory ------------------------------------------------------------------------------------------------------
+
+// Others may run first; faults unless the address lies in a buffer and is aligned.
+void check_atomic(void const* address, std::size_t bytes, Site site);
+
+// ---- TMA ---------------------------------------------------------------------------------------------------------------------------
+
+// What an opaque TensorMap of 128 bytes holds on this machine; cutlass_fa/executor/tensor_map.py packs the same layout.
+struct TensorMapFields {
+  static constexpr std::uint32_t kMagic = 0x50414D54;  // "TMAP"
+  std::uint32_t magic;
+  std::uint16_t rank;           // at most 5
+  std::uint16_t element_bytes;
+  std::uint64_t base;           // address of element (0, 0, ...)
+  std::uint64_t strides[4];     // bytes, of dimensions 1 .. rank - 1
+  std::uint32_t extents[5];     // elements, innermost dimension first
+  std::uint16_t box[5];
+  std::uint16_t swizzle_bytes;  // 0 (none), 32, 64 or 128
+};
+
+void prefetch_tensor_map(void const* map, Site site);
+void tma_load(void const* map, std::uint64_t* barrier, void* destination, int const* coordinates, int rank, Site site);
+
+// ---- WGMMA -------------------------------------------------------------------------------------------------------------------------
+
+enum class ElementKind : std::uint8_t { kBfloat16, kFloat16 };
+
+// One thread's part of D[64, columns] (+)= A[64, 16] B[16, columns].
+struct WgmmaCall {
+  float* d;                 // columns / 2 accumulators of this thread
+  int columns;
+  std::uint32_t const* a;   // four registers of A, or null: A lies in shared memory
+  std::uint64_t descriptor_a;
+  std::uint64_t descriptor_b;
+  ElementKind element;
+  bool b_is_mn_major;
+  bool accumulate;
+};
+
+void wgmma(WgmmaCall const& call, Site site);
+void wgmma_fence(Site site);
+void wgmma_commit(Site site);
+void wgmma_wait(int pending, Site site);
+void pin_registers(std::uint32_t* words, int count, Site site);
+
+// ---- special functions -------------------------------------------------------------------------------------------------------------
+
+float exp2_approx(float x);
+float log2_approx(float x);
+std::uint32_t bfloat16_bits(float x);
+std::uint32_t float16_bits(float x);
+
+}  // namespace cutlass_fa::executor

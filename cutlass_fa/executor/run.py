@@ -1,0 +1,76 @@
+"""`cutlass-fa run KEY --executor`: one kernel on this machine's CPU, its error against the reference, or its fault."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TextIO
+
+import ml_dtypes
+import numpy as np
+
+from ..cell import Cell
+from ..dispatch import DispatchKey
+from ..reference import attention_forward
+from ..render import render
+from .build import ExecutorKernel
+from .faults import ExecutorFault
+from .forward import run_forward
+
+_DTYPES = {"bf16": np.dtype(ml_dtypes.bfloat16), "f16": np.dtype(np.float16)}
+_LSE_TOLERANCE = 1e-2
+_ULPS = 4  # of the largest output: P and out are rounded to the element type, each by half an ulp
+
+
+@dataclass(frozen=True)
+class RunShape:
+    """What `run_key` computes attention on; head_dim 0 means the cell's own."""
+
+    batch: int = 1
+    seqlen_q: int = 77
+    seqlen_k: int = 150
+    num_heads_q: int = 2
+    num_heads_kv: int = 1
+    head_dim: int = 0
+
+
+def run_key(key: DispatchKey, stream: TextIO, *, shape: RunShape = RunShape(), seed: int = 0) -> bool:
+    """Run `key`'s kernel on standard normal numbers and report on `stream`; True when it is right.
+
+    seed: draws the numbers and the schedule. Raises UnsupportedCell, ExecutorError (no compiler), HostCompileError, and what a call on
+    the GPU raises for a shape that makes no sense.
+    """
+    cell = Cell.of(key)
+    start = time.perf_counter()
+    program = ExecutorKernel.build(render(cell))
+    built = time.perf_counter()
+    head_dim = shape.head_dim or cell.head_dim
+    rng = np.random.default_rng(seed)
+    dtype = _DTYPES[key.dtype]
+    q_shape = (shape.batch, shape.seqlen_q, shape.num_heads_q, head_dim)
+    kv_shape = (shape.batch, shape.seqlen_k, shape.num_heads_kv, head_dim)
+    q, k, v = (rng.standard_normal(each, dtype=np.float32).astype(dtype) for each in (q_shape, kv_shape, kv_shape))
+    print(f"{key}: {cell.summary}", file=stream)
+    print(f"compiled for this CPU in {built - start:.1f} s; q {q_shape}, k and v {kv_shape}, seed {seed}", file=stream)
+    try:
+        result = run_forward(cell, q, k, v, seed=seed, program=program)
+    except ExecutorFault as fault:
+        print(fault.report, file=stream)
+        return False
+    print(f"ran in {time.perf_counter() - built:.2f} s", file=stream)
+    expected_out, expected_lse = attention_forward(q, k, v, causal=key.causal)
+    out_error = _max_error(result.out, expected_out)
+    lse_error = _max_error(result.lse, expected_lse)
+    allowed = _ULPS * float(ml_dtypes.finfo(dtype).eps) * float(np.abs(expected_out).max())
+    right = out_error <= allowed and lse_error <= _LSE_TOLERANCE
+    verdict = "ok" if right else "WRONG"
+    print(f"max error against float64: out {out_error:.2e} (allowed {allowed:.2e}), lse {lse_error:.2e}: {verdict}", file=stream)
+    return right
+
+
+def _max_error(actual: np.ndarray, expected: np.ndarray) -> float:
+    """The largest difference; NaN or an infinity in another place than expected counts as infinite."""
+    actual = actual.astype(np.float64)
+    same = actual == expected  # infinities
+    difference = np.abs(np.where(same, 0.0, actual - np.where(same, 0.0, expected)))
+    return float(np.where(np.isfinite(difference), difference, np.inf).max())

@@ -1,0 +1,253 @@
+"""Every golden cell on the CPU executor: the unchanged translation unit, by the test rule, under several schedules; and its mutants."""
+
+from __future__ import annotations
+
+import io
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from cutlass_fa import Persistent
+from cutlass_fa.cell import Cell
+from cutlass_fa.dispatch import DISPATCH_TABLE, DispatchKey
+from cutlass_fa.executor import ExecutorFault, ExecutorKernel, Program, compiler_problem, run_forward
+from cutlass_fa.executor.run import RunShape, run_key
+from cutlass_fa.render import render
+from cutlass_fa.requests import PersistentMode
+from tests.numerics import check_forward, poisoned, random_qkv
+from tools import mutate
+
+pytestmark = pytest.mark.skipif(compiler_problem() is not None, reason=str(compiler_problem()))
+
+GOLDEN = list(DISPATCH_TABLE)
+DTYPES = {"f16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
+SEEDS = (0, 1, 2, 3)  # every policy for landing copies, fair and unfair scheduling
+Build = Callable[[DispatchKey], Program]
+
+
+@pytest.fixture(scope="session")
+def build() -> Build:
+    """The program of a cell, compiled once."""
+    return lru_cache(maxsize=None)(lambda key: ExecutorKernel.build(render(Cell.of(key))))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One launch. groups: key heads; each has the cell's gqa_ratio, or `ratio` where heads are not packed, of query heads."""
+
+    seqlens: tuple[int, int]
+    batch: int = 1
+    groups: int = 1
+    ratio: int = 2
+    narrower: int = 0  # than the cell's head_dim
+    order: str = "bshd"
+    strided: bool = False
+    persistent: PersistentMode | None = None
+    sharpness: int = 1  # q is so many times a standard normal: row maxima then move far from block to block
+
+    def __str__(self) -> str:
+        words = [f"{self.seqlens[0]}x{self.seqlens[1]}", self.order]
+        words += [word for word, on in (("strided", self.strided), (f"d-{self.narrower}", self.narrower), ("few", self.persistent)) if on]
+        return "-".join(words)
+
+    def arrays(self, cell: Cell, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        ratio = self.ratio if cell.key.gqa_ratio == 1 else cell.key.gqa_ratio
+        q, k, v = random_qkv(
+            np,
+            np.random.default_rng(seed),
+            batch=self.batch,
+            seqlen_q=self.seqlens[0],
+            seqlen_k=self.seqlens[1],
+            num_heads_q=self.groups * ratio,
+            num_heads_kv=self.groups,
+            head_dim=cell.head_dim - self.narrower,
+            dtype=DTYPES[cell.key.dtype],
+            memory_order=self.order,
+            extra_strides=self.strided,
+        )
+        if self.sharpness != 1:
+            q = (q.astype(np.float32) * self.sharpness).astype(q.dtype)
+        return q, k, v
+
+    def out_like(self, q: np.ndarray) -> np.ndarray:
+        """The output's layout: the memory order of q, and a frame around each row where strided."""
+        batch, seqlen, heads, head_dim = q.shape
+        frame = 16 * self.strided
+        if self.order == "bshd":
+            return poisoned(np, (batch, seqlen, heads, head_dim + frame), q.dtype)[..., :head_dim]
+        return poisoned(np, (batch, heads, seqlen, head_dim + frame), q.dtype)[..., :head_dim].swapaxes(1, 2)
+
+
+CASES = (
+    Case((1, 1)),
+    Case((77, 150), batch=2, order="bhsd"),
+    Case((200, 131), narrower=24, strided=True),
+    Case((130, 70), groups=2, persistent=Persistent(1)),
+    Case((260, 710), ratio=1, sharpness=8),  # more key blocks than the ring holds, in every cell
+)
+
+
+def run(cell: Cell, program: Program, case: Case, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The kernel's out and lse, held to the rule."""
+    q, k, v = case.arrays(cell, seed=7)
+    result = run_forward(cell, q, k, v, seed=seed, program=program, persistent=case.persistent, out_like=case.out_like(q))
+    check_forward(result.out, result.lse, q, k, v, case=f"{cell.name} {case} seed {seed}", causal=cell.is_causal)
+    return result.out, result.lse
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("key", GOLDEN, ids=str)
+def test_golden_cell(build: Build, key: DispatchKey, case: Case) -> None:
+    """Right under every schedule, and bitwise the same: nothing that is computed depends on who comes first."""
+    cell = Cell.of(key)
+    first, first_lse = run(cell, build(key), case, SEEDS[0])
+    for seed in SEEDS[1:]:
+        out, lse = run(cell, build(key), case, seed)
+        assert (out.view(np.uint16) == first.view(np.uint16)).all() and (lse == first_lse).all(), f"seed {seed} differs from {SEEDS[0]}"
+
+
+SMALLEST = DispatchKey.parse(mutate.DEFAULT_KEY)
+
+
+def test_softmax_scale_and_large_scores(build: Build) -> None:
+    cell = Cell.of(SMALLEST)
+    q, k, v = Case((100, 300), sharpness=1600).arrays(cell, seed=1)
+    result = run_forward(cell, q, k, v, seed=1, program=build(SMALLEST), softmax_scale=0.5)
+    check_forward(result.out, result.lse, q, k, v, case="large scores", causal=True, softmax_scale=0.5)
+
+
+def test_broadcast_keys(build: Build) -> None:
+    cell = Cell.of(SMALLEST)
+    q, k, v = Case((70, 100), batch=2).arrays(cell, seed=2)
+    k, v = (np.broadcast_to(x[:1], x.shape) for x in (k, v))
+    result = run_forward(cell, q, k, v, seed=2, program=build(SMALLEST))
+    check_forward(result.out, result.lse, q, k, v, case="broadcast", causal=True)
+
+
+@pytest.mark.parametrize("ratio", [3, 5])
+def test_packed_heads_that_do_not_fill_a_tile(build: Build, ratio: int) -> None:
+    key = DispatchKey.parse(f"fa3_fwd_sm90a_bf16_hdim64_causal_gqa{ratio}")
+    for seed in SEEDS:
+        run(Cell.of(key), build(key), Case((50, 200), batch=2, groups=2), seed)
+
+
+def test_equal_seeds_give_equal_runs() -> None:
+    """A fault's report is the same each time, to the last waiting thread."""
+    found = mutate.mutants(render(Cell.of(SMALLEST)))
+    mutant = next(m for m in found if m.operator == "drop a call" and re.search(r"v_empty.*arrive", m.before))
+    program = ExecutorKernel.build(mutant.source)
+    q, k, v = Case((77, 700)).arrays(Cell.of(SMALLEST), seed=3)
+    reports = []
+    for _ in range(3):
+        with pytest.raises(ExecutorFault) as caught:
+            run_forward(Cell.of(SMALLEST), q, k, v, seed=4, program=program)
+        reports.append(caught.value.report)
+    assert len(set(reports)) == 1
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "report"),
+    [
+        ("params.lse != nullptr", "params.lse == nullptr", r"200 of 200 elements of lse were never written, first \(0, 0, 0\)"),
+        ("column < params.head_dim", "column < params.head_dim - 8", r"of out were never written, first \(0, 0, 0, 32\)"),
+        ("column < params.head_dim", "column < kHeadDim", r"an access to address .* of buffer out of"),
+        ("column < params.head_dim", "column < (query == 0 ? kHeadDim : params.head_dim)", "out was written between its elements"),
+    ],
+)
+def test_outputs_are_written_whole_and_nothing_else_is(before: str, after: str, report: str) -> None:
+    cell = Cell.of(SMALLEST)
+    source = render(cell)
+    assert before in source.text
+    program = ExecutorKernel.build(replace(source, text=source.text.replace(before, after)))
+    case = Case((100, 131), narrower=24, strided=True)
+    q, k, v = case.arrays(cell, seed=5)
+    with pytest.raises(ExecutorFault, match=report):
+        run_forward(cell, q, k, v, seed=0, program=program, out_like=case.out_like(q))
+
+
+# ---- the check of the checker --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Act:
+    """An act whose absence (or change) must be noticed, and what the report must say of it."""
+
+    operator: str
+    line: str
+    report: str
+    function: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.operator}: {self.line}"
+
+
+ACTS = (
+    Act("drop a call", "q_full.*wait", r"wgmma reads operand A at .* copy in flight|wgmma reads .* has not waited for"),
+    Act("drop a call", "k_full.*wait", r"wgmma reads operand B at .* copy in flight|wgmma reads .* has not waited for", "attend"),
+    Act("drop a call", "v_full.*wait", r"wgmma reads operand B at .* copy in flight|wgmma reads .* has not waited for", "attend"),
+    Act("drop a call", "k_empty.*wait", r"tma_load to .* (may still be reading|in flight|to have landed)|arrival too many"),
+    Act("drop a call", "v_empty.*arrive", "deadlock"),
+    Act("drop a call", "fence_mbarrier_init", "without fence_mbarrier_init"),
+    Act("drop a call", "block_sync", "no barrier separates|not initialised"),
+    Act("drop a call", "wgmma_fence", "wgmma_fence", "issue_pv"),
+    Act("drop a call", "wgmma_commit", "in flight|were written between the issue", "issue_pv"),
+    Act("drop a call", "wait_turn", "twice before it has opened"),
+    Act("drop a call", "grow_registers_to", "kept its .* registers"),
+    Act("drop a call", "pin_registers.p", "never went through pin_registers"),
+    Act("drop a call", "rescale_rows", "wrong numbers"),
+    Act("wait<0> to wait<1>", "wgmma_wait<0>", "in flight|before pin_registers|may still be reading|wrong numbers", "attend"),
+    Act("expect too few bytes", "arrive_and_expect", "bytes more land than|too few bytes were expected"),
+    Act("expect too many bytes", "arrive_and_expect", "deadlock"),
+    Act("signal from one warp only", "lane == 0", "deadlock"),
+    Act("another descriptor: swizzle", "kKLayout", "wrong numbers|reads operand B"),
+    Act("min to max", "key_end", "wrong numbers"),
+)
+
+
+@pytest.mark.parametrize("act", ACTS, ids=str)
+def test_a_missing_act_is_noticed(act: Act) -> None:
+    cell = Cell.of(SMALLEST)
+    chosen = [
+        m
+        for m in mutate.mutants(render(cell))
+        if m.operator == act.operator and re.search(act.line, m.before) and re.search(act.function, m.function)
+    ]
+    assert chosen, "no such act in the kernel: the list is out of date"
+    noticed = mutate.caught(cell, chosen[0], seeds=6)
+    assert noticed is not None and re.search(act.report, noticed), f"{chosen[0]}: {noticed}"
+
+
+def test_a_sample_of_all_mutants_is_caught() -> None:
+    """tools/mutate.py tries them all."""
+    cell = Cell.of(SMALLEST)
+    sample = list(mutate.mutants(render(cell)))[5 :: 2 * mutate.QUICK_STEP]
+    survivors = [str(m) for m in sample if m.equivalent is None and mutate.caught(cell, m, seeds=3) is None]
+    assert len(survivors) <= len(sample) * (1 - mutate.REQUIRED_SCORE) + 1, survivors
+
+
+def test_equivalents_are_still_in_the_kernel() -> None:
+    """An entry that matches no mutant any more explains nothing."""
+    found = list(mutate.mutants(render(Cell.of(SMALLEST))))
+    for entry in mutate.EQUIVALENT:
+        assert any(re.fullmatch(entry.operator, m.operator) and re.search(entry.line, m.before) for m in found), entry
+
+
+# ---- the command line's part ------------------------------------------------------------------------------
+
+
+def test_run_key_reports_the_error() -> None:
+    stream = io.StringIO()
+    assert run_key(SMALLEST, stream, shape=RunShape(seqlen_q=40, seqlen_k=90), seed=5)
+    assert re.search(r"max error against float64: out \d\.\d+e-\d+ .*: ok", stream.getvalue())
+
+
+def test_the_package_does_not_import_the_executor() -> None:
+    check = "import cutlass_fa, cutlass_fa.launch, sys; sys.exit(any(name.startswith('cutlass_fa.executor') for name in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", check]).returncode == 0

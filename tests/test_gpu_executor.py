@@ -1,0 +1,53 @@
+"""The CPU executor beside the GPU: the same kernels on the same inputs, one run each."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import cutlass_fa
+from cutlass_fa.cell import Cell
+from cutlass_fa.dispatch import DISPATCH_TABLE, DispatchKey
+from cutlass_fa.requests import Fa3FwdRequest, Window
+from tests.numerics import check_forward, random_qkv
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = {"f16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
+
+
+@pytest.mark.parametrize("key", list(DISPATCH_TABLE), ids=str)
+def test_executor_and_gpu_agree(key: DispatchKey) -> None:
+    """Each is right by the test rule; what is printed is how far apart they are: matrix products summed in another order, and the special
+    functions' last bits."""
+    import cupy
+
+    from cutlass_fa.executor import compiler_problem, run_forward
+
+    problem = compiler_problem()
+    if problem is not None:
+        pytest.skip(problem)
+    seqlen_q, seqlen_k = (61, 300) if key.gqa_ratio > 1 else (200, 300)
+    heads = {"num_heads_q": 2 * key.gqa_ratio, "num_heads_kv": 2}
+    request = Fa3FwdRequest(
+        batch=2, seqlen_q=seqlen_q, seqlen_k=seqlen_k, head_dim=key.head_dim, dtype=key.dtype, mask=Window(-1, -1, key.causal), **heads
+    )
+    assert request.dispatch_key() == key
+    q, k, v = random_qkv(
+        np, np.random.default_rng(), batch=2, seqlen_q=seqlen_q, seqlen_k=seqlen_k, head_dim=key.head_dim, dtype=DTYPES[key.dtype], **heads
+    )
+    on_cpu = run_forward(Cell.of(key), q, k, v, seed=0)
+    # CuPy makes 16-bit brain floats from their bits
+    arrays = [cupy.asarray(x.view(np.uint16)).view(x.dtype) for x in (q, k, v)]
+    out, lse = cutlass_fa.flash_attn_func(*arrays, causal=key.causal, return_lse=True)
+    out, lse = out.view(np.uint16).get().view(q.dtype), lse.get()
+    check_forward(out, lse, q, k, v, case=f"{key} on the GPU", causal=key.causal)
+    check_forward(on_cpu.out, on_cpu.lse, q, k, v, case=f"{key} on the executor", causal=key.causal)
+    seen = np.isfinite(lse)
+    assert (np.isfinite(on_cpu.lse) == seen).all()
+    out_difference = float(np.abs(out.astype(np.float64) - on_cpu.out.astype(np.float64)).max())
+    lse_difference = float(np.abs(lse[seen].astype(np.float64) - on_cpu.lse[seen]).max())
+    print(f"AGREE {key} out {out_difference:.2e} lse {lse_difference:.2e}")
+    assert out_difference <= 4 * float(ml_dtypes.finfo(q.dtype).eps) * float(np.abs(out.astype(np.float64)).max())
+    assert lse_difference <= 1e-4
