@@ -74,7 +74,6 @@ def flash_attn_func(
 # A plain tuple, because it is made and hashed on every call.
 _Options = tuple[float | None, bool, tuple[int, ...], int, bool, PersistentMode | None]
 
-
 _plans: dict[tuple[Any, ...], LaunchPlan] = {}
 _MAX_PLANS = 4096
 
@@ -108,6 +107,8 @@ def _make_plan(library: ArrayLibrary, q: Any, k: Any, v: Any, out: Any, options:
 
 def _problem(library: ArrayLibrary, q: Any, k: Any, v: Any, out: Any, options: _Options, arch: str) -> Problem:
     softmax_scale, causal, window_size, sink_tokens, has_alibi, persistent = options
+    if len(window_size) != 2:
+        raise InvalidArgument(f"window_size={window_size}: expected (left, right), each a number of keys or -1")
     left, right = window_size
     spec = library.spec
     return Problem.from_specs(

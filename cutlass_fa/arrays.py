@@ -86,10 +86,15 @@ class TorchArrays:
         import torch
 
         self._empty = torch.empty
+        self._is_grad_enabled = torch.is_grad_enabled
         self._current_stream = torch.cuda.current_stream
         self._dtypes = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 
     def signature(self, x: Any) -> tuple[Any, ...]:
+        if x.requires_grad and self._is_grad_enabled():
+            raise InvalidArgument(
+                "a tensor requires a gradient, and there is no backward yet: call under torch.no_grad(), or pass x.detach()"
+            )
         return x.shape, x.stride(), x.dtype, x.get_device()
 
     def spec(self, x: Any) -> ArraySpec:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import cutlass_fa
 from cutlass_fa import Causal, Fa3FwdRequest, Full, Persistent, PositionBias, SlidingCausal, SlidingFull, Window, errors
-from cutlass_fa.arrays import ArraySpec, library_of
+from cutlass_fa.arrays import ArraySpec, TorchArrays, library_of
 from cutlass_fa.problem import Problem, check_pointers
 
 REQUEST = Fa3FwdRequest(batch=2, seqlen_q=64, seqlen_k=128, num_heads_q=8, num_heads_kv=2, head_dim=128)
@@ -204,6 +205,23 @@ def test_reference_backend_computes_attention() -> None:
     given = np.full_like(q, np.nan)
     assert cutlass_fa.flash_attn_func(q, k, v, backend="reference", out=given) is given
     np.testing.assert_array_equal(given, out)
+
+
+@pytest.mark.parametrize("window_size", [(1,), (1, 2, 3)])
+def test_window_size_has_two_sides(window_size: tuple[int, ...]) -> None:
+    with pytest.raises(errors.InvalidArgument, match="window_size="):
+        cutlass_fa.flash_attn_func(*numpy_qkv(), window_size=window_size, backend="reference")
+
+
+def test_a_gradient_is_refused_rather_than_lost() -> None:
+    """PyTorch's adapter over a stand-in for a tensor: a result without a gradient must not look like one with it."""
+    library = object.__new__(TorchArrays)
+    library._is_grad_enabled = lambda: True
+    tensor = SimpleNamespace(requires_grad=True, shape=(1, 2), stride=lambda: (2, 1), dtype="torch.float16", get_device=lambda: 0)
+    with pytest.raises(errors.InvalidArgument, match=r"torch\.no_grad"):
+        library.signature(tensor)
+    library._is_grad_enabled = lambda: False
+    assert library.signature(tensor) == ((1, 2), (2, 1), "torch.float16", 0)
 
 
 def test_library_of_refuses_by_type() -> None:
