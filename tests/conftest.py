@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
+from cutlass_fa import kernels
 from cutlass_fa.device import gpu_problem
 
 
@@ -24,3 +26,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _no_inherited_settings() -> None:
     """Tests start from this package's defaults, except for a cache directory that the caller chose."""
     os.environ.pop("CUTLASS_FA_NO_COMPILE", None)
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of kernels, on disk and in memory."""
+    monkeypatch.setenv("CUTLASS_FA_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("CUTLASS_FA_PACK_DIRS", raising=False)
+    kernels.forget()
+    return tmp_path / "cache"

@@ -26,19 +26,8 @@ from cutlass_fa.dispatch import DISPATCH_TABLE
 from cutlass_fa.errors import CompileDisabled, CompileError
 from cutlass_fa.render import PACKAGE_DIR, Source
 from cutlass_fa.settings import compile_allowed, no_compile
-from cutlass_fa.toolchain import Toolchain, compile_options, find_toolchain
-
-
-def _tools_missing() -> str:
-    try:
-        find_toolchain()
-    except CompileError as error:
-        return str(error)
-    return ""
-
-
-TOOLS_MISSING = _tools_missing()
-needs_nvrtc = pytest.mark.skipif(bool(TOOLS_MISSING), reason=TOOLS_MISSING)
+from cutlass_fa.toolchain import Toolchain, compile_options
+from tests.needs import needs_nvrtc
 
 TOOLS = Toolchain("13.5", "4.2.0", ())
 SOURCE = Source(name="fa3_test", arch="sm_90a", entry="kernel", text='extern "C" __global__ void kernel() {}\n', smem_bytes=0, threads=32)

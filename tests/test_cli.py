@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import cutlass_fa
-from cutlass_fa import cache, cli, kernels
+from cutlass_fa import cache, cli
 from cutlass_fa.cell import Cell
 from cutlass_fa.dispatch import ARCHS, DISPATCH_TABLE, DispatchKey
 from cutlass_fa.errors import FlashAttnError, UnknownKey
@@ -25,19 +25,12 @@ from cutlass_fa.requests import Causal, Fa3FwdRequest, SlidingCausal
 from cutlass_fa.settings import SETTINGS
 from tests.needs import needs_nvdisasm, needs_nvrtc
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 CAUSAL_128 = "fa3_fwd_sm90a_bf16_hdim128_causal"
 FULL_64 = "fa3_fwd_sm90a_bf16_hdim64"
 FULL_80 = "fa3_fwd_sm90a_bf16_hdim80"
 UNBUILT = "fa3_fwd_sm90a_bf16_hdim128_paged"
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, on disk and in memory, for each test."""
-    monkeypatch.setenv("CUTLASS_FA_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.delenv("CUTLASS_FA_PACK_DIRS", raising=False)
-    kernels.forget()
-    return tmp_path / "cache"
 
 
 @pytest.fixture(scope="module")

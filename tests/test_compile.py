@@ -17,18 +17,8 @@ from cutlass_fa.compile import UNKNOWN, compile_source, content_key, parse_resou
 from cutlass_fa.errors import CompileError
 from cutlass_fa.render import Source
 from cutlass_fa.toolchain import Toolchain, find_toolchain, whole_cubin
+from tests.needs import needs_nvrtc
 
-
-def _tools_missing() -> str:
-    try:
-        find_toolchain()
-    except CompileError as error:
-        return str(error)
-    return ""
-
-
-TOOLS_MISSING = _tools_missing()
-needs_nvrtc = pytest.mark.skipif(bool(TOOLS_MISSING), reason=TOOLS_MISSING)
 TOOLS = Toolchain("13.5", "4.2.0", ())
 
 REVERSE = """\

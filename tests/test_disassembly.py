@@ -11,20 +11,7 @@ from cutlass_fa.compile import compile_source
 from cutlass_fa.disassembly import find_nvdisasm, instruction_counts, local_memory_instructions, tensor_core_instructions
 from cutlass_fa.errors import FlashAttnError
 from cutlass_fa.render import Source
-from cutlass_fa.toolchain import find_toolchain
-
-
-def _tools_missing() -> str:
-    try:
-        find_toolchain()
-        find_nvdisasm()
-    except FlashAttnError as error:
-        return str(error)
-    return ""
-
-
-TOOLS_MISSING = _tools_missing()
-needs_tools = pytest.mark.skipif(bool(TOOLS_MISSING), reason=TOOLS_MISSING)
+from tests.needs import needs_nvdisasm, needs_nvrtc
 
 WGMMA = """\
 extern "C" __global__ void kernel(float* out, unsigned long long a, unsigned long long b) {
@@ -53,7 +40,8 @@ def _image(text: str) -> bytes:
     return compile_source(Source("test_disassembly", "sm_90a", "kernel", text, smem_bytes=0, threads=128), "kernel.cu").image
 
 
-@needs_tools
+@needs_nvrtc
+@needs_nvdisasm
 def test_tensor_core_instructions_are_counted_by_shape() -> None:
     image = _image(WGMMA)
     assert tensor_core_instructions(image) == {"HGMMA.64x8x16.F32.BF16": 3}
@@ -63,7 +51,8 @@ def test_tensor_core_instructions_are_counted_by_shape() -> None:
     assert local_memory_instructions(image) == 0
 
 
-@needs_tools
+@needs_nvrtc
+@needs_nvdisasm
 def test_local_memory_is_counted() -> None:
     image = _image(LOCAL)
     counts = instruction_counts(image)
@@ -71,7 +60,8 @@ def test_local_memory_is_counted() -> None:
     assert tensor_core_instructions(image) == {}
 
 
-@needs_tools
+@needs_nvrtc
+@needs_nvdisasm
 def test_what_is_no_cubin_is_refused() -> None:
     with pytest.raises(FlashAttnError, match="refused"):
         instruction_counts(b"no cubin at all")

@@ -15,18 +15,11 @@ from cutlass_fa.requests import Fa3FwdRequest
 from cutlass_fa.settings import no_compile
 from tests.needs import needs_nvrtc
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 CAUSAL_128 = "fa3_fwd_sm90a_bf16_hdim128_causal"
 FULL_64 = "fa3_fwd_sm90a_bf16_hdim64"
 FULL_80 = "fa3_fwd_sm90a_bf16_hdim80"
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache for each test."""
-    monkeypatch.setenv("CUTLASS_FA_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.delenv("CUTLASS_FA_PACK_DIRS", raising=False)
-    kernels.forget()
-    return tmp_path / "cache"
 
 
 @needs_nvrtc

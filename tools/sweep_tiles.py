@@ -27,6 +27,7 @@ from cutlass_fa.dispatch import DispatchKey
 from cutlass_fa.kernels import Kernel, obtain
 from cutlass_fa.render import render
 from tools.bench import interleaved_medians
+from tools.bench_device import TorchDevice
 
 ELEMENTS_PER_ROW = 2048  # num_heads * head_dim
 TOKENS = 16384  # batch * seqlen
@@ -101,31 +102,17 @@ def launchers(cells: list[Cell], kernels: list[Kernel], head_dim: int, causal: b
     return runs
 
 
-def event_timings(call: Any, count: int, lead: int) -> list[float]:
-    """CUDA-event timings of `count` calls in milliseconds after `lead` untimed ones."""
+def sweep(head_dim: int, causal: bool, arguments: argparse.Namespace, fa3: Any, pool: ProcessPoolExecutor) -> None:
     import torch
 
-    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
-    for _ in range(lead):
-        call()
-    for start, stop in pairs:
-        start.record()
-        call()
-        stop.record()
-    torch.cuda.synchronize()
-    return [start.elapsed_time(stop) for start, stop in pairs]
-
-
-def sweep(head_dim: int, causal: bool, arguments: argparse.Namespace, fa3: Any, pool: ProcessPoolExecutor) -> None:
+    timings = TorchDevice(torch).timings
     cells = candidates(head_dim, causal, arguments.tiles, arguments.schedulers)
     seqlens: list[int] = arguments.seqlens
     kernels = [replace(kernel, cell=cell) for kernel, cell in zip(pool.map(compile_cell, cells), cells, strict=True)]
     rates: dict[str, list[float]] = {}
     for seqlen in seqlens:
         flops = 4 * TOKENS * seqlen * ELEMENTS_PER_ROW / (2 if causal else 1)
-        for name, ms in interleaved_medians(
-            launchers(cells, kernels, head_dim, causal, seqlen, fa3), event_timings, arguments.rounds, 5
-        ).items():
+        for name, ms in interleaved_medians(launchers(cells, kernels, head_dim, causal, seqlen, fa3), timings, arguments.rounds, 5).items():
             rates.setdefault(name, []).append(flops / ms / 1e9)
     best = sorted(rates, key=lambda name: -statistics.geometric_mean(rates[name]))
     by_label = {label(cell): (cell, kernel) for cell, kernel in zip(cells, kernels, strict=True)}
