@@ -140,6 +140,7 @@ EQUIVALENT = (
     Equivalent("another descriptor: leading offset", r"k[QK]Layout", "swizzled K-major operands do not use the leading offset"),
     Equivalent("another descriptor: leading offset", r"kVLayout", "one chunk of columns has no next one", where=r"kChunks = 1;"),
     Equivalent("drop a term|another coordinate", r"chunk \* kChunkColumns", "chunk is 0", where=r"kChunks = 1;"),
+    Equivalent("another coordinate", r"kv_head, tile\.batch", "heads are packed: a tile's head is its key head", where=r"kGqaRatio = "),
 )
 
 
