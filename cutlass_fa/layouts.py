@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+WARP_THREADS = 32
 WARPGROUP_THREADS = 128
 WGMMA_M = 64
 WGMMA_K_BYTES = 32  # one wgmma reads 32 bytes of each row along K: 16 elements of 16 bits, 32 of 8
@@ -249,3 +250,43 @@ def accumulator_register_of_a_operand(step: int, register: int, half: int) -> in
     _check_index("register", register, 4)
     _check_index("half", half, 2)
     return 8 * step + 2 * register + half
+
+
+def mma_accumulator_coordinates(lane: int, register: int) -> tuple[int, int]:
+    """(row, col) of the 16 x 8 accumulator element in `register` (0 .. 3) of `lane` (0 .. 31) of mma.sync m16n8k16.
+
+    Raises ValueError outside these ranges. Source: PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type"; CuTe's
+    SM80_16x8_Row.
+    """
+    _check_index("lane", lane, WARP_THREADS)
+    _check_index("register", register, 4)
+    return _fragment_coordinates(lane, register)
+
+
+def mma_a_coordinates(lane: int, register: int, half: int) -> tuple[int, int]:
+    """(row, k) of the 16 x 16 A element in `half` of `register` (0 .. 3) of `lane`; ranges and source as above."""
+    _check_index("lane", lane, WARP_THREADS)
+    return a_operand_coordinates(lane, register, half)
+
+
+def mma_b_coordinates(lane: int, register: int, half: int) -> tuple[int, int]:
+    """(k, col) of the 16 x 8 B element in `half` of `register` (0 or 1) of `lane`; ranges and source as above."""
+    _check_index("lane", lane, WARP_THREADS)
+    _check_index("register", register, 2)
+    _check_index("half", half, 2)
+    return 8 * register + 2 * (lane % 4) + half, lane // 4
+
+
+def ldmatrix_coordinates(operand: str, lane: int) -> tuple[int, int]:
+    """(row, column) of the 16 x 16 tile in shared memory where the 8 elements start whose address `lane` gives to a four-matrix ldmatrix.
+
+    operand: "a": the tile is (row of A, k) and the words are mma's A registers. "b": the tile is (column of B, k); words 0 and 1 are B of
+    the first 8 columns, 2 and 3 of the next 8. "b_mn_major": the same from a tile (k, column of B), by the transposed form.
+    Raises ValueError for anything else. Source: PTX ISA, ldmatrix: lane l names row l % 8 of matrix l / 8.
+    """
+    _check_index("lane", lane, WARP_THREADS)
+    if operand not in ("a", "b", "b_mn_major"):
+        raise ValueError(f"operand must be a, b or b_mn_major, not {operand}")
+    matrix, row = divmod(lane, 8)
+    first, second = (matrix // 2, matrix % 2) if operand == "b" else (matrix % 2, matrix // 2)
+    return 8 * first + row, 8 * second

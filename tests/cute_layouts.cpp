@@ -17,6 +17,7 @@ static std::size_t __cvta_generic_to_shared(void const* pointer) {
 }
 #define CUTE_CVTA_GENERIC_TO_SHARED_ACTIVATED 1
 
+#include <cute/atom/mma_traits_sm80.hpp>
 #include <cute/atom/mma_traits_sm90_gmma.hpp>
 
 using namespace cute;
@@ -27,7 +28,7 @@ constexpr int kStages = 2;
 constexpr int kMaxRows = 192, kMaxCols = 256;
 alignas(1024) unsigned char shared_memory[kStages * kMaxRows * kMaxCols * sizeof(Element)];
 
-enum Kind : std::int32_t { kPlacementK, kPlacementMN, kDescriptorK, kDescriptorMN, kAccumulator, kOperandA };
+enum Kind : std::int32_t { kPlacementK, kPlacementMN, kDescriptorK, kDescriptorMN, kAccumulator, kOperandA, kMmaAccumulator, kMmaA, kMmaB };
 
 void write_record(Kind kind, int rows, int cols, int swizzle_bytes, int extent,
                   std::vector<std::uint32_t> const& words) {
@@ -106,13 +107,13 @@ void write_tiles(std::integer_sequence<int, Rows...>) {
   (write_tile<Rows, Cols, SwizzleBytes>(), ...);
 }
 
-// row + 64 * col of the element that each (thread, value) of a warpgroup holds.
+// row + rows * col of the element that each (thread, value) of a warpgroup holds, or of a warp.
 template <class ThreadValueLayout>
-void write_ownership(Kind kind, int cols, ThreadValueLayout layout) {
+void write_ownership(Kind kind, int cols, ThreadValueLayout layout, int rows = 64) {
   std::vector<std::uint32_t> words;
   for (int thread = 0; thread < size<0>(layout); ++thread)
     for (int value = 0; value < size<1>(layout); ++value) words.push_back(layout(thread, value));
-  write_record(kind, 64, cols, 0, 0, words);
+  write_record(kind, rows, cols, 0, 0, words);
 }
 
 template <int... N>
@@ -135,4 +136,8 @@ int main() {
   write_tiles<64, 32>(Rows{});
   write_accumulators<64, 80, 96, 112, 128, 144, 160, 176, 192, 256>();
   write_ownership(kOperandA, 16, GMMA::ALayout_64x16{});
+  using MmaTraits = MMA_Traits<SM80_16x8x16_F32BF16BF16F32_TN>;
+  write_ownership(kMmaAccumulator, 8, MmaTraits::CLayout{}, 16);
+  write_ownership(kMmaA, 16, MmaTraits::ALayout{}, 16);
+  write_ownership(kMmaB, 16, MmaTraits::BLayout{}, 8);  // (column of B, k)
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,14 +23,18 @@ class SmallKernel:
     threads: int
     smem_bytes: int
 
-    def build(self, **constants: object) -> Program:
-        """Compile it with other values for some of its constants (`constexpr ... name = value;`)."""
+    def source(self, arch: str, constants: Mapping[str, object]) -> Source:
+        """Its text with other values for some of its constants (`constexpr ... name = value;`)."""
         text = (PRIMITIVES / f"{self.name}.cu").read_text()
         for name, value in constants.items():
             pattern = rf"(constexpr [\w ]*\b{name}|using {name}) = [^;]*;"
             text, count = re.subn(pattern, rf"\g<1> = {value};", text)
             assert count == 1, f"{self.name}.cu has no constant {name}"
-        return ExecutorKernel.build(Source(self.name, "sm_90a", self.name, text, self.smem_bytes, self.threads))
+        return Source(self.name, arch, self.name, text, self.smem_bytes, self.threads)
+
+    def build(self, **constants: object) -> Program:
+        """Compile it for the executor, with other values for some of its constants."""
+        return ExecutorKernel.build(self.source("sm_90a", constants))
 
 
 def run(program: Program, memory: GlobalMemory, arguments: Sequence[bytes], *, seed: int = 0, time_limit_s: int = 20) -> None:

@@ -18,6 +18,9 @@ from cutlass_fa.layouts import (
     a_operand_coordinates,
     accumulator_coordinates,
     accumulator_register_of_a_operand,
+    mma_a_coordinates,
+    mma_accumulator_coordinates,
+    mma_b_coordinates,
 )
 
 CUTE_TILES = [
@@ -55,7 +58,7 @@ class Record(NamedTuple):
     extent: int = 0
 
 
-PLACEMENT_K, PLACEMENT_MN, DESCRIPTOR_K, DESCRIPTOR_MN, ACCUMULATOR, OPERAND_A = range(6)
+PLACEMENT_K, PLACEMENT_MN, DESCRIPTOR_K, DESCRIPTOR_MN, ACCUMULATOR, OPERAND_A, MMA_ACCUMULATOR, MMA_A, MMA_B = range(9)
 CuteTables = dict[Record, np.ndarray[Any, np.dtype[np.uint32]]]
 
 
@@ -100,6 +103,7 @@ def cute(tmp_path_factory: pytest.TempPathFactory) -> CuteTables:
 
 def test_cute_prints_exactly_the_tables_compared_here(cute: CuteTables) -> None:
     expected = {Record(ACCUMULATOR, 64, cols) for cols in ACCUMULATOR_COLS} | {Record(OPERAND_A, 64, 16)}
+    expected |= {Record(MMA_ACCUMULATOR, 16, 8), Record(MMA_A, 16, 16), Record(MMA_B, 8, 16)}
     for tile in CUTE_TILES:
         shape = (tile.rows, tile.cols, tile.swizzle_bytes)
         expected |= {Record(PLACEMENT_K, *shape), Record(PLACEMENT_MN, *shape)}
@@ -165,6 +169,16 @@ def test_a_operand_ownership_is_cutes(cute: CuteTables) -> None:
     coordinates = [a_operand_coordinates(thread, *value) for thread in THREADS for value in A_OPERAND_VALUES]
     assert cute[Record(OPERAND_A, 64, 16)].tolist() == [row + 64 * k for row, k in coordinates]
     assert len(set(coordinates)) == 64 * 16
+
+
+def test_mma_ownership_is_cutes(cute: CuteTables) -> None:
+    lanes = range(32)
+    d = [mma_accumulator_coordinates(lane, register) for lane in lanes for register in range(4)]
+    a = [mma_a_coordinates(lane, *value) for lane in lanes for value in A_OPERAND_VALUES]
+    b = [mma_b_coordinates(lane, register, half) for lane in lanes for register in range(2) for half in range(2)]
+    assert cute[Record(MMA_ACCUMULATOR, 16, 8)].tolist() == [row + 16 * col for row, col in d]
+    assert cute[Record(MMA_A, 16, 16)].tolist() == [row + 16 * k for row, k in a]
+    assert cute[Record(MMA_B, 8, 16)].tolist() == [col + 8 * k for k, col in b]
 
 
 # What TMA and wgmma say, with no compiler

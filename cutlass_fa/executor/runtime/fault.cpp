@@ -17,7 +17,7 @@ char const* kind_name(WaitKind kind) {
     case WaitKind::kBlockSync: return "block_sync";
     case WaitKind::kNamedBarrier: return "named_barrier_sync";
     case WaitKind::kMbarrier: return "mbarrier wait";
-    case WaitKind::kWarp: return "a shuffle, vote or warp_sync, for the other lanes of its warp";
+    case WaitKind::kWarp: return "a shuffle, vote, warp_sync or matrix instruction, for the other lanes of its warp";
     case WaitKind::kRegisters: return "grow_registers_to";
     case WaitKind::kWgmma: return "wgmma_wait, for the other threads of its warpgroup to issue the product";
     case WaitKind::kNone: break;

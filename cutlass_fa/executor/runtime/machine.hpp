@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <deque>
 #include <memory>
+#include <queue>
 #include <string>
 #include <vector>
 
@@ -27,14 +28,27 @@ constexpr int kNamedBarriers = 15;  // the hardware's sixteenth is __syncthreads
 constexpr std::uint32_t kSharedBase = 1024;  // the shared window's first KB belongs to the system on sm_90
 constexpr int kGranule = 16;  // bytes; no copy and no matrix operand starts or ends inside one
 
+constexpr int kFirstAccess = kMaxWarps + kMaxMbarriers;
+
 // A vector clock: what a thread knows to be over. Entry w: how many wgmmas of warp w (its `seq`). Entry kMaxWarps + b: 1 when mbarrier b
-// is initialised, plus its phases that have ended. Synchronisation merges clocks; whatever an act needs to be over must be in its
-// thread's clock, so that a missing barrier shows on every schedule, not only on the unlucky one.
+// is initialised, plus its phases that have ended. Entry kFirstAccess + w: how many ldmatrix and stmatrix of warp w. Synchronisation
+// merges clocks; whatever an act needs to be over must be in its thread's clock, so that a missing barrier shows on every schedule, not
+// only on the unlucky one.
 struct Clock {
-  std::array<std::uint32_t, kMaxWarps + kMaxMbarriers> at{};
+  std::array<std::uint32_t, kFirstAccess + kMaxWarps> at{};
+  // By thread: its cp.asyncs that have landed, its TMA stores that have read their source. Empty until one was waited for.
+  std::vector<std::uint32_t> copies, stores;
 
   void merge(Clock const& other) {
     for (std::size_t i = 0; i < at.size(); ++i) { at[i] = other.at[i] > at[i] ? other.at[i] : at[i]; }
+    merge_into(copies, other.copies);
+    merge_into(stores, other.stores);
+  }
+
+ private:
+  static void merge_into(std::vector<std::uint32_t>& mine, std::vector<std::uint32_t> const& other) {
+    if (mine.size() < other.size()) { mine.resize(other.size()); }
+    for (std::size_t i = 0; i < other.size(); ++i) { mine[i] = other[i] > mine[i] ? other[i] : mine[i]; }
   }
 };
 
@@ -70,9 +84,10 @@ struct WgmmaOp {
   std::shared_ptr<AccumulatorTile> tile;
   std::vector<std::pair<int, std::uint32_t>> needs;  // (clock entry, least value) of the copies it reads
   std::vector<std::pair<int, std::uint32_t>> origin;  // the same index: (copy, offset) for the report
+  std::vector<std::uint32_t> granules;  // of 16 bytes that cp.async or stmatrix wrote
   std::vector<Read> reads;
-  float a[64][16];
-  float b[16][256];
+  float a[64][32];
+  float b[32][256];
 };
 
 struct Warpgroup {
@@ -110,6 +125,55 @@ struct Pin {
   Site site;
 };
 
+// ---- asynchronous acts of single threads -------------------------------------------------------------------------------------------
+
+// A cp.async of 16 bytes.
+struct AsyncCopy {
+  Site site;
+  std::uint32_t offset;
+  std::uint64_t source;
+  int bytes;
+  bool landed;
+};
+
+// A TMA store or reduction.
+struct AsyncStore {
+  char const* name;  // of the act
+  Site site;
+  std::uint32_t offset;
+  TensorMapFields map;
+  std::array<int, 5> coordinates;
+  bool adds;
+  bool landed;
+  std::vector<char> content;  // of its source when it was issued
+};
+
+// One thread's acts in order, numbered from 1; those known to be over are gone.
+template <class Act>
+struct AsyncQueue {
+  std::deque<Act> acts;
+  std::uint32_t issued = 0;
+  std::vector<std::uint32_t> groups;  // `issued` at each commit
+
+  std::uint32_t first() const { return issued + 1 - static_cast<std::uint32_t>(acts.size()); }
+  Act* find(std::uint32_t seq) { return seq - first() < acts.size() ? &acts[seq - first()] : nullptr; }
+
+  // The last act of the groups that are over when only the latest `pending` are not.
+  std::uint32_t last_over(int pending) const {
+    return groups.size() > static_cast<std::size_t>(pending) ? groups[groups.size() - 1 - pending] : 0;
+  }
+};
+
+// When an act lands at the latest; before that, its thread's wait may do it.
+struct Due {
+  std::uint64_t step;
+  int thread;
+  std::uint32_t seq;
+  bool is_store;
+
+  bool operator<(Due const& other) const { return step > other.step; }  // std::priority_queue gives the greatest
+};
+
 // ---- threads -----------------------------------------------------------------------------------------------------------------------
 
 struct Thread {
@@ -130,6 +194,10 @@ struct Thread {
   std::vector<OperandInFlight> operands;
   std::vector<Pin> pins;
 
+  AsyncQueue<AsyncCopy> copies;
+  AsyncQueue<AsyncStore> stores;
+  std::uint32_t stores_read = 0;  // how many of them are known to have read their source
+
   int warp() const { return index / kWarp; }
   int warpgroup() const { return index / kWarpgroup; }
 };
@@ -141,6 +209,7 @@ struct WarpAct {
   Site site;
   std::array<std::uint32_t, kWarp> value;
   std::array<int, kWarp> operand;
+  std::array<void*, kWarp> record;
   Clock clock;
 };
 
@@ -154,6 +223,7 @@ struct RegisterMove {
 
 struct Warp {
   WarpAct act;
+  std::uint32_t accesses = 0;  // ldmatrix and stmatrix
   int registers = 0;
   std::vector<RegisterMove> moves;
 };
@@ -199,6 +269,18 @@ struct Granule {
   std::array<std::uint32_t, kMaxWarpgroups> read_by{};  // the latest wgmma of each warpgroup that reads it
 };
 
+// Who else touched a granule last: cp.async, TMA stores, ldmatrix, stmatrix. A number of 0 means nobody.
+struct Access {
+  int copier = 0;  // thread
+  std::uint32_t copy = 0;
+  int storer = 0;  // thread whose TMA store reads it
+  std::uint32_t store = 0;
+  int writer = 0;  // warp
+  std::uint32_t write = 0;
+  std::array<std::uint32_t, kMaxWarps> read_by{};
+  Site site;  // of the copy or the write
+};
+
 // ---- the CTA -----------------------------------------------------------------------------------------------------------------------
 
 struct Cta {
@@ -217,6 +299,8 @@ struct Cta {
   std::uint32_t shared_bytes = 0;
   std::vector<char> published;  // shared memory as asynchronous readers see it: copies, and plain writes up to the latest proxy fence
   std::vector<Granule> granule;
+  std::vector<Access> access;  // by granule; empty until the first such act
+  std::priority_queue<Due> due;
   std::array<std::uint32_t, kMaxWarps> runnable{};  // a bit for each lane
 };
 
@@ -242,6 +326,34 @@ void block(WaitKind kind, int id, std::uint32_t detail, Site site);  // until so
 void wake(Thread& thread);
 void let_others_run(Site site);  // perhaps
 std::uint64_t landing_step();    // when a copy issued now is due
+
+// ---- warps.cpp ----------------------------------------------------------------------------------------------------------------------
+
+// Each lane of a warp hands in a record; the last to come acts on all of them before any goes on.
+void meet(void* record, void (*act)(std::array<void*, kWarp> const& records), Site site);
+
+// ---- granules.cpp ------------------------------------------------------------------------------------------------------------------
+
+Access& access_to(std::uint32_t granule);
+
+// Faults unless what wrote the 16 bytes at `offset` asynchronously or for a whole warp is over as far as `known` tells.
+void check_landed(Clock const& known, char const* act, std::uint32_t offset, Site site);
+
+// Faults on 16 bytes that hold what shared memory starts with.
+void check_written(char const* act, std::uint32_t offset, Site site);
+
+// Faults unless everything that still needs the old bytes of [offset, offset + bytes) is over as far as `known` tells, and forgets it.
+void check_overwrite(Clock const& known, char const* act, std::uint32_t offset, std::uint32_t bytes, Site site);
+
+// Where `bytes` at `pointer` lie in shared memory; a fault outside it or where they are not aligned.
+std::uint32_t shared_offset(char const* act, void const* pointer, std::uint32_t bytes, std::uint32_t alignment, Site site);
+
+// ---- cp_async.cpp, tma_store.cpp ---------------------------------------------------------------------------------------------------
+
+void land_async_copy(Thread& thread, std::uint32_t seq);
+void land_store(Thread& thread, std::uint32_t seq);
+void check_async_at_end();  // of a thread
+void land_stores_at_end();  // of the CTA
 
 // ---- barriers.cpp, copies.cpp, wgmma.cpp, registers.cpp ------------------------------------------------------------------------------
 

@@ -161,6 +161,9 @@ void reset_thread(Thread& thread, int index) {
   thread.accumulators.clear();
   thread.operands.clear();
   thread.pins.clear();
+  thread.copies = {};
+  thread.stores = {};
+  thread.stores_read = 0;
 }
 
 void reset_cta(int index, Request const& request) {
@@ -179,6 +182,8 @@ void reset_cta(int index, Request const& request) {
   std::memset(cta.shared, kPoison, cta.shared_bytes);
   cta.published.assign(cta.shared, cta.shared + cta.shared_bytes);
   cta.granule.assign(cta.shared_bytes / kGranule, Granule{});
+  cta.access.clear();
+  cta.due = {};
   reset_registers();
   blockIdx = {static_cast<unsigned>(index), 0, 0};
 }

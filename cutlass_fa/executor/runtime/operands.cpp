@@ -2,6 +2,7 @@
 // PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions": matrix descriptor format, shared memory matrix layouts, strides.
 #include "operands.hpp"
 
+#include <cmath>
 #include <cstring>
 
 #include "machine.hpp"
@@ -9,6 +10,7 @@
 namespace cutlass_fa::executor {
 namespace {
 
+// Of 16-bit elements, the only ones that may be MN-major.
 constexpr int kUnitElements = kGranule / 2;
 
 struct Descriptor {
@@ -24,7 +26,7 @@ Descriptor decode(std::uint64_t bits, Site site) {
   return {field(0), field(16), field(32), kSwizzles[bits >> 62]};
 }
 
-// Address of the unit that holds 8 consecutive k of row `row` (of M or N), K-major.
+// Address of the unit that holds 16 bytes of consecutive k of row `row` (of M or N), K-major.
 std::uint32_t k_major_unit(Descriptor const& d, int row, int unit) {
   if (d.swizzle_bytes == 0) { return d.start + row / 8 * d.stride + row % 8 * kGranule + unit * d.leading; }
   return d.start + row / 8 * d.stride + row % 8 * d.swizzle_bytes + unit * kGranule;
@@ -41,11 +43,25 @@ std::uint32_t swizzled(Descriptor const& d, std::uint32_t address) {
   return d.swizzle_bytes == 0 ? address : address ^ (address >> 3 & (d.swizzle_bytes - kGranule));
 }
 
+// E4M3 has no infinities, and one NaN of either sign (Micikevicius et al., "FP8 Formats for Deep Learning", 2022).
+std::array<float, 256> make_e4m3_values() {
+  std::array<float, 256> values;
+  for (int bits = 0; bits < 256; ++bits) {
+    int const exponent = bits >> 3 & 15;
+    int const mantissa = bits & 7;
+    auto const scaled = [](int number, int power) { return std::ldexp(static_cast<float>(number), power); };
+    float const size = exponent == 0 ? scaled(mantissa, -9) : scaled(8 + mantissa, exponent - 10);
+    values[bits] = std::copysign((bits & 0x7F) == 0x7F ? NAN : size, (bits & 0x80) != 0 ? -1.0f : 1.0f);
+  }
+  return values;
+}
+std::array<float, 256> const kE4m3Values = make_e4m3_values();
+
 class Reader {
  public:
   Reader(WgmmaOp& op, int warpgroup, std::uint32_t seq) : op_(op), warpgroup_(warpgroup), seq_(seq) {}
 
-  void unit(Descriptor const& d, std::uint32_t address, char const* operand, float* out, int pitch) {
+  void unit(Descriptor const& d, std::uint32_t address, ElementKind element, char const* operand, float* out, int pitch) {
     std::uint32_t const at = swizzled(d, address);
     if (at < kSharedBase || at + kGranule > kSharedBase + cta.shared_bytes) {
       fault(op_.site, "wgmma reads operand %s at shared byte %d: shared memory has %u", operand,
@@ -55,10 +71,11 @@ class Reader {
     WgmmaOp::Read read{offset, {}};
     std::memcpy(read.bytes.data(), cta.shared + offset, kGranule);
     check(offset, read.bytes, operand);
-    for (int i = 0; i < kUnitElements; ++i) {
-      std::uint16_t bits;
-      std::memcpy(&bits, read.bytes.data() + 2 * i, 2);
-      out[i * pitch] = element_value(op_.call.element, bits);
+    int const bytes = element_bytes(element);
+    for (int i = 0; i < kGranule / bytes; ++i) {
+      std::uint16_t bits = 0;
+      std::memcpy(&bits, read.bytes.data() + bytes * i, static_cast<std::size_t>(bytes));
+      out[i * pitch] = element_value(element, bits);
     }
     op_.reads.push_back(read);
   }
@@ -67,6 +84,9 @@ class Reader {
   void check(std::uint32_t offset, std::array<unsigned char, kGranule> const& bytes, char const* operand) {
     Granule& granule = cta.granule[offset / kGranule];
     granule.read_by[warpgroup_] = seq_;
+    if (!cta.access.empty() && (cta.access[offset / kGranule].copy | cta.access[offset / kGranule].write) != 0) {
+      op_.granules.push_back(offset);
+    }
     if (std::memcmp(bytes.data(), cta.published.data() + offset, kGranule) != 0) {
       fault(op_.site, "wgmma reads operand %s at %s, written by plain stores that no fence_async_proxy has followed", operand,
             region(offset, kGranule).c_str());
@@ -98,6 +118,8 @@ class Reader {
 }  // namespace
 
 float element_value(ElementKind kind, std::uint32_t bits) {
+  if (kind == ElementKind::kFloat8E4m3) { return kE4m3Values[bits]; }
+  if (kind == ElementKind::kFloat8E5m2) { return element_value(ElementKind::kFloat16, bits << 8); }  // float16 cut short
   std::uint32_t wide;
   if (kind == ElementKind::kBfloat16) {
     wide = bits << 16;
@@ -118,22 +140,27 @@ float element_value(ElementKind kind, std::uint32_t bits) {
 
 void read_operands(WgmmaOp& op, int warpgroup, std::uint32_t seq) {
   Reader reader(op, warpgroup, seq);
+  int const per_unit = op.call.depth() / 2;
   if (op.call.a == nullptr) {
     Descriptor const a = decode(op.call.descriptor_a, op.site);
     for (int row = 0; row < 64; ++row) {
-      for (int unit = 0; unit < 2; ++unit) { reader.unit(a, k_major_unit(a, row, unit), "A", &op.a[row][unit * kUnitElements], 1); }
+      for (int unit = 0; unit < 2; ++unit) {
+        reader.unit(a, k_major_unit(a, row, unit), op.call.element, "A", &op.a[row][unit * per_unit], 1);
+      }
     }
   }
   Descriptor const b = decode(op.call.descriptor_b, op.site);
   if (op.call.b_is_mn_major) {
     for (int k = 0; k < 16; ++k) {
       for (int unit = 0; unit < op.call.columns / kUnitElements; ++unit) {
-        reader.unit(b, mn_major_unit(b, k, unit), "B", &op.b[k][unit * kUnitElements], 1);
+        reader.unit(b, mn_major_unit(b, k, unit), op.call.element_b, "B", &op.b[k][unit * kUnitElements], 1);
       }
     }
   } else {
     for (int row = 0; row < op.call.columns; ++row) {
-      for (int unit = 0; unit < 2; ++unit) { reader.unit(b, k_major_unit(b, row, unit), "B", &op.b[unit * kUnitElements][row], 256); }
+      for (int unit = 0; unit < 2; ++unit) {
+        reader.unit(b, k_major_unit(b, row, unit), op.call.element_b, "B", &op.b[unit * per_unit][row], 256);
+      }
     }
   }
 }

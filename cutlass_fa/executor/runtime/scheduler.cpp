@@ -50,6 +50,7 @@ void change_priorities() {
 void fiber_main() {
   entry();
   check_wgmma_at_end();
+  check_async_at_end();
   self->finished = true;
   --cta.live;
   cta.runnable[self->warp()] &= ~(1u << self->index % kWarp);
@@ -109,6 +110,14 @@ void land_due_copies(bool force) {
   }
 }
 
+void land_due_acts() {
+  while (!cta.due.empty() && cta.due.top().step <= step) {
+    Due const due = cta.due.top();
+    cta.due.pop();
+    (due.is_store ? land_store : land_async_copy)(*cta.thread[due.thread], due.seq);
+  }
+}
+
 }  // namespace
 
 std::uint64_t Random::next() {  // splitmix64 (Steele, Lea and Flood 2014)
@@ -148,6 +157,7 @@ void run_cta(void (*kernel)()) {
     ++step;
     if (step >= policy.next_change) { change_priorities(); }
     if (!cta.pending_copies.empty()) { land_due_copies(false); }
+    land_due_acts();
     int warp = pick_warp();
     while (warp < 0 && !cta.pending_copies.empty()) {
       land_due_copies(true);
@@ -156,6 +166,7 @@ void run_cta(void (*kernel)()) {
     if (warp < 0) { report_deadlock(); }
     resume(*cta.thread[warp * kWarp + pick_lane(cta.runnable[warp])]);
   }
+  land_stores_at_end();
   check_cta_end();
 }
 

@@ -60,6 +60,20 @@ std::uint32_t exchanged(WarpAct const& act, int lane) {
   return act.value[from];
 }
 
+// This lane comes to what its warp does together.
+WarpAct& come(Exchange kind, Site site) {
+  WarpAct& act = cta.warp[self->warp()].act;
+  if (act.count == 0) {
+    act.kind = kind;
+    act.site = site;
+    act.clock = Clock{};
+  }
+  if (act.kind != kind || act.site.line != site.line) {
+    fault(site, "lanes of one warp meet in different acts, the other%s", place(act.site).c_str());
+  }
+  return act;
+}
+
 }  // namespace
 
 void reset_registers() {
@@ -80,15 +94,7 @@ void grow_registers(int registers, Site site) {
 }
 
 std::uint32_t exchange(Exchange kind, std::uint32_t value, int operand, Site site) {
-  WarpAct& act = cta.warp[self->warp()].act;
-  if (act.count == 0) {
-    act.kind = kind;
-    act.site = site;
-    act.clock = Clock{};
-  }
-  if (act.kind != kind || act.site.line != site.line) {
-    fault(site, "lanes of one warp meet in different acts, the other%s", place(act.site).c_str());
-  }
+  WarpAct& act = come(kind, site);
   int const lane = self->index % kWarp;
   act.value[lane] = value;
   act.operand[lane] = operand;
@@ -106,6 +112,18 @@ std::uint32_t exchange(Exchange kind, std::uint32_t value, int operand, Site sit
     if (i != lane) { wake(thread); }
   }
   return self->shuffled;
+}
+
+void meet(void* record, void (*act_on)(std::array<void*, kWarp> const& records), Site site) {
+  WarpAct& act = come(Exchange::kRecord, site);
+  int const lane = self->index % kWarp;
+  act.record[lane] = record;
+  if (++act.count < kWarp) { return block(WaitKind::kWarp, 0, 0, site); }
+  act.count = 0;
+  act_on(act.record);
+  for (int i = 0; i < kWarp; ++i) {
+    if (i != lane) { wake(*cta.thread[self->index - lane + i]); }
+  }
 }
 
 // Registers given up must have been taken: where one warpgroup reconfigures, all do, every lane of them.

@@ -34,7 +34,7 @@ void compute(WgmmaOp& op) {
     for (int n = 0; n < columns; n += kLanes) {
       Lanes sum[4];
       for (int i = 0; i < 4; ++i) { std::memcpy(&sum[i], &op.tile->values[(m + i) * columns + n], sizeof sum[i]); }
-      for (int k = 0; k < 16; ++k) {
+      for (int k = 0; k < op.call.depth(); ++k) {
         Lanes b;
         std::memcpy(&b, &op.b[k][n], sizeof b);
         for (int i = 0; i < 4; ++i) { sum[i] += op.a[m + i][k] * b; }
@@ -55,6 +55,7 @@ WgmmaOp& new_op(Warpgroup& group, WgmmaCall const& call, std::uint32_t seq, Site
   op->tile = nullptr;
   op->needs.clear();
   op->origin.clear();
+  op->granules.clear();
   op->reads.clear();
   group.ops.push_back(std::move(op));
   read_operands(*group.ops.back(), self->warpgroup(), seq);
@@ -65,12 +66,14 @@ void check_same(WgmmaOp const& op, WgmmaCall const& call, Site site) {
   WgmmaCall const& other = op.call;
   bool const same = other.columns == call.columns && (other.a == nullptr) == (call.a == nullptr) &&
                     other.descriptor_a == call.descriptor_a && other.descriptor_b == call.descriptor_b && other.element == call.element &&
+                    other.element_b == call.element_b &&
                     other.b_is_mn_major == call.b_is_mn_major && other.accumulate == call.accumulate;
   if (!same) { fault(site, "threads of one warpgroup issue different products, the other%s", place(op.site).c_str()); }
 }
 
 // The copies that the operands came from must be over as far as this very thread knows.
 void check_needs(WgmmaOp const& op, Site site) {
+  for (std::uint32_t const offset : op.granules) { check_landed(self->clock, "wgmma", offset, site); }
   for (std::size_t i = 0; i < op.needs.size(); ++i) {
     auto const [entry, least] = op.needs[i];
     if (self->clock.at[entry] >= least) { continue; }
@@ -126,9 +129,11 @@ void take_a(WgmmaOp& op, WgmmaCall const& call, std::uint32_t seq, Site site) {
   for (int i = 0; i < 4; ++i) {
     operand.words[i] = call.a[i];
     float* const row = op.a[row_of(thread, 2 * (i & 1))];
-    int const k = i / 2 * 8 + thread % 4 * 2;
-    row[k] = element_value(call.element, call.a[i] & 0xFFFF);
-    row[k + 1] = element_value(call.element, call.a[i] >> 16);
+    int const bits = 8 * element_bytes(call.element);
+    int const each = 32 / bits;  // neighbouring k in a register
+    for (int j = 0; j < each; ++j) {
+      row[i / 2 * call.depth() / 2 + thread % 4 * each + j] = element_value(call.element, call.a[i] >> j * bits & ((1u << bits) - 1));
+    }
   }
   self->operands.push_back(operand);
 }

@@ -9,4 +9,14 @@ namespace cutlass_fa {
 // Adds `value` and returns what was there before; relaxed order, visible to the whole GPU.
 CUTLASS_FA_DEVICE int atomic_add(int* address, int value) { return atomicAdd(address, value); }
 
+// Adds without telling what was there, so that the addition happens in the L2 cache; the order of several additions is not fixed.
+CUTLASS_FA_DEVICE void atomic_add(float* address, float value) { atomicAdd(address, value); }
+
+// Four neighbouring floats at a multiple of 16 bytes, in one request (sm_90 and up); each addition is atomic by itself.
+CUTLASS_FA_DEVICE void atomic_add(float* address, float4 value) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "f"(value.x), "f"(value.y), "f"(value.z),
+               "f"(value.w)
+               : "memory");
+}
+
 }  // namespace cutlass_fa

@@ -1,15 +1,27 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Host twin of atomic.cuh: the intrinsics, then the device header's own text over them. One fiber runs at a time, so plain code is atomic.
+// Host twin of atomic.cuh. One fiber runs at a time, so plain code is atomic.
 #pragma once
 
 #include <cutlass_fa/base.cuh>
 
-template <class T>
-inline T atomicAdd(T* address, T value, CUTLASS_FA_SITE) {
-  cutlass_fa::executor::check_atomic(address, sizeof(T), site);
-  T const before = *address;
+namespace cutlass_fa {
+
+CUTLASS_FA_DEVICE int atomic_add(int* address, int value, CUTLASS_FA_SITE) {
+  executor::check_atomic(address, sizeof(int), site);
+  int const before = *address;
   *address = before + value;
   return before;
 }
 
-#include_next <cutlass_fa/atomic.cuh>
+CUTLASS_FA_DEVICE void atomic_add(float* address, float value, CUTLASS_FA_SITE) {
+  executor::check_atomic(address, sizeof(float), site);
+  *address += value;
+}
+
+CUTLASS_FA_DEVICE void atomic_add(float* address, float4 value, CUTLASS_FA_SITE) {
+  executor::check_atomic(address, sizeof(float4), site);
+  float const terms[4] = {value.x, value.y, value.z, value.w};
+  for (int i = 0; i < 4; ++i) { address[i] += terms[i]; }
+}
+
+}  // namespace cutlass_fa

@@ -42,13 +42,15 @@ constexpr executor::ElementKind wgmma_element() {
 template <class Element, Major kMajorB, int kSize>
 CUTLASS_FA_DEVICE void wgmma_ss(float (&d)[kSize], uint64_t descriptor_a, uint64_t descriptor_b, bool accumulate, CUTLASS_FA_SITE) {
   static_assert(kSize % 8 == 0 && kSize <= 128, "wgmma.cuh has shapes of N = 16, 32 .. 256");
-  executor::wgmma({d, 2 * kSize, nullptr, descriptor_a, descriptor_b, wgmma_element<Element>(), kMajorB == Major::kMn, accumulate}, site);
+  constexpr auto kElement = wgmma_element<Element>();
+  executor::wgmma({d, 2 * kSize, nullptr, descriptor_a, descriptor_b, kElement, kElement, kMajorB == Major::kMn, accumulate}, site);
 }
 
 template <class Element, Major kMajorB, int kSize>
 CUTLASS_FA_DEVICE void wgmma_rs(float (&d)[kSize], uint32_t const* a, uint64_t descriptor_b, bool accumulate, CUTLASS_FA_SITE) {
   static_assert(kSize % 8 == 0 && kSize <= 128, "wgmma.cuh has shapes of N = 16, 32 .. 256");
-  executor::wgmma({d, 2 * kSize, a, 0, descriptor_b, wgmma_element<Element>(), kMajorB == Major::kMn, accumulate}, site);
+  constexpr auto kElement = wgmma_element<Element>();
+  executor::wgmma({d, 2 * kSize, a, 0, descriptor_b, kElement, kElement, kMajorB == Major::kMn, accumulate}, site);
 }
 
 }  // namespace cutlass_fa

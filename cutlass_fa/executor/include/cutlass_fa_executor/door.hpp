@@ -31,7 +31,8 @@ void mbarrier_wait(std::uint64_t* state, std::uint32_t parity, Site site);
 // ---- warps -------------------------------------------------------------------------------------------------------------------------
 
 // kSync exchanges nothing and orders memory; shuffles and votes order no memory. kVote returns a bit for each lane whose value is not 0.
-enum class Exchange { kSync, kXor, kIndex, kVote };
+// kRecord is the runtime's own, for matrix instructions.
+enum class Exchange { kSync, kXor, kIndex, kVote, kRecord };
 std::uint32_t exchange(Exchange kind, std::uint32_t value, int operand, Site site);
 
 void shrink_registers(int registers, Site site);
@@ -59,21 +60,30 @@ struct TensorMapFields {
 
 void prefetch_tensor_map(void const* map, Site site);
 void tma_load(void const* map, std::uint64_t* barrier, void* destination, int const* coordinates, int rank, Site site);
+void tma_store(void const* map, void const* source, int const* coordinates, int rank, bool adds, Site site);
+void bulk_reduce_add(float* destination, void const* source, int bytes, Site site);
+void tma_store_commit(Site site);
+void tma_store_wait(int pending, bool reads_only, Site site);
 
 // ---- WGMMA -------------------------------------------------------------------------------------------------------------------------
 
-enum class ElementKind : std::uint8_t { kBfloat16, kFloat16 };
+enum class ElementKind : std::uint8_t { kBfloat16, kFloat16, kFloat8E4m3, kFloat8E5m2 };
 
-// One thread's part of D[64, columns] (+)= A[64, 16] B[16, columns].
+constexpr int element_bytes(ElementKind kind) { return kind == ElementKind::kBfloat16 || kind == ElementKind::kFloat16 ? 2 : 1; }
+
+// One thread's part of D[64, columns] (+)= A[64, depth] B[depth, columns]; the depth is 32 bytes of A's elements.
 struct WgmmaCall {
   float* d;                 // columns / 2 accumulators of this thread
   int columns;
   std::uint32_t const* a;   // four registers of A, or null: A lies in shared memory
   std::uint64_t descriptor_a;
   std::uint64_t descriptor_b;
-  ElementKind element;
+  ElementKind element;      // of A
+  ElementKind element_b;    // of the same size
   bool b_is_mn_major;
   bool accumulate;
+
+  int depth() const { return 32 / element_bytes(element); }
 };
 
 void wgmma(WgmmaCall const& call, Site site);
@@ -81,6 +91,18 @@ void wgmma_fence(Site site);
 void wgmma_commit(Site site);
 void wgmma_wait(int pending, Site site);
 void pin_registers(std::uint32_t* words, int count, Site site);
+
+// ---- matrix instructions of a warp ------------------------------------------------------------------------------------------------------
+
+void mma(float* d, std::uint32_t const* a, std::uint32_t b0, std::uint32_t b1, ElementKind element, Site site);
+void load_matrix(std::uint32_t* words, int matrices, void const* row, bool transposed, Site site);
+void store_matrix(void* row, std::uint32_t const* words, int matrices, bool transposed, Site site);
+
+// ---- cp.async ----------------------------------------------------------------------------------------------------------------------
+
+void cp_async(void* destination, void const* source, int source_bytes, Site site);
+void cp_async_commit(Site site);
+void cp_async_wait(int pending, Site site);
 
 // ---- special functions -------------------------------------------------------------------------------------------------------------
 
