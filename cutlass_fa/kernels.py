@@ -50,7 +50,7 @@ def get(key: DispatchKey) -> Kernel:
     with _locks.setdefault(key, threading.Lock()):
         kernel = _kernels.get(key)
         if kernel is None:
-            kernel = _kernels[key] = _load_or_compile(key)
+            kernel = _kernels[key] = load_or_compile(Cell.of(key))
     return kernel
 
 
@@ -64,13 +64,13 @@ def forget() -> None:
     _kernels.clear()
 
 
-def _load_or_compile(key: DispatchKey) -> Kernel:
+def load_or_compile(cell: Cell) -> Kernel:
+    """The kernel of a cell, in the tables or not (a sweep tries others), from disk, from a pack or from NVRTC. Raises as `get` does."""
     start = time.perf_counter()
-    cell = Cell.of(key)
     source = render(cell)  # needed to find the kernel too: the text is part of its content key
     _logger.debug("cutlass_fa: rendered %s in %.1f ms", source.name, 1e3 * (time.perf_counter() - start))
     hit = obtain(source)
-    return Kernel(key, cell, source, hit.cubin, hit.path, hit.origin)
+    return Kernel(cell.key, cell, source, hit.cubin, hit.path, hit.origin)
 
 
 def obtain(source: Source) -> Hit:

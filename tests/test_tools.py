@@ -12,9 +12,10 @@ from unittest.mock import MagicMock
 import pytest
 
 import cutlass_fa
+from cutlass_fa.arch.sm90 import FA3_FWD_TILES
 from cutlass_fa.dispatch import DispatchKey
 from tests.needs import needs_nvrtc
-from tools import floors, profile_kernel, startup
+from tools import floors, profile_kernel, startup, sweep_tiles
 from tools.bench import Point
 from tools.bench_report import Row, Run, append_run
 from tools.floors import Ceilings, floor_of
@@ -356,3 +357,20 @@ def test_missing_rows_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str
     append_run(path, made_up_run(Point("bf16", 128, 16384, False).row("cutlass_fa", 3.1), COPY))
     assert floors.main([str(path)]) == 1
     assert "no run on NVIDIA H100 80GB HBM3 has a ceiling row 'matmul'" in capsys.readouterr().err
+
+
+# ---- sweep ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("head_dim", "causal"), list(FA3_FWD_TILES))
+def test_the_sweep_tries_the_tables_own_tiles(head_dim: int, causal: bool) -> None:
+    tried = sweep_tiles.candidates(head_dim, causal, None, ["static", "dynamic"])
+    assert FA3_FWD_TILES[head_dim, causal] in [cell.tile for cell in tried]
+    assert len({sweep_tiles.label(cell) for cell in tried}) == len(tried)
+
+
+def test_useful_share() -> None:
+    (cell,) = [c for c in sweep_tiles.candidates(128, True, [(128, 128)], ["static"]) if c.q_stages == 1]
+    assert sweep_tiles.useful_share(cell, 128) == pytest.approx(129 / 256)  # the lower triangle of one block, diagonal included
+    (cell,) = [c for c in sweep_tiles.candidates(128, False, [(128, 128)], ["static"]) if c.q_stages == 1]
+    assert sweep_tiles.useful_share(cell, 256) == 1.0 and sweep_tiles.useful_share(cell, 192) == pytest.approx(192**2 / 256**2)

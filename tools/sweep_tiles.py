@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Sweep the tile table of the fa3 forward on a Hopper GPU: predicted beside measured, one line per candidate.
 
-A candidate is tile_m x tile_n and a scheduler. Predicted: registers a consumer thread needs for S, P and O (of those it has), shared
-memory, and the share of the matrix products that falls inside the problem (what is left after whole tiles,
+A candidate is tile_m x tile_n, a scheduler, and one or two tiles of Q in flight. Predicted: registers a consumer thread needs for S, P and
+O (of those it has), shared memory, and the share of the matrix products that falls inside the problem (what is left after whole tiles,
 and under a causal mask after whole blocks on the diagonal). Each candidate is timed as tools/bench.py times peers.
 
 usage: tools/sweep_tiles.py [--head-dims 64,128] [--causal full|causal|both] [--seqlens 4096,16384] [--tiles 192x112,128x128]
@@ -15,22 +15,18 @@ import argparse
 import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cutlass_fa.arch.sm90 import FA3_FWD_TILES, MAX_SMEM_BYTES, Fa3FwdTile
+from cutlass_fa.arch.sm90 import FA3_FWD_TILES, MAX_SMEM_BYTES, REGISTER_SPLITS, fa3_fwd_tile
 from cutlass_fa.cell import Cell
 from cutlass_fa.dispatch import DispatchKey
-from cutlass_fa.kernels import Kernel, obtain
-from cutlass_fa.render import render
-from tools.bench import interleaved_medians
+from cutlass_fa.kernels import Kernel, load_or_compile
+from tools.bench import Point, interleaved_medians
 from tools.bench_device import TorchDevice
 
-ELEMENTS_PER_ROW = 2048  # num_heads * head_dim
-TOKENS = 16384  # batch * seqlen
 TILE_NS = {64: (96, 112, 128, 144, 160, 176, 192), 80: (96, 112, 128, 144, 160, 176, 192), 96: (80, 96, 112, 128, 144, 160, 176, 192),
            128: (80, 96, 112, 128, 144, 160, 176, 192), 192: (64, 80, 96, 112), 256: (48, 64, 80)}  # fmt: skip
 
@@ -39,11 +35,11 @@ def candidates(head_dim: int, causal: bool, tiles: list[tuple[int, int]] | None,
     """Every tile (of `tiles`, or of the grid) that fits shared memory and leaves a consumer 24 registers besides S, P and O."""
     key = DispatchKey("fa3", "fwd", "sm_90a", "bf16", head_dim, causal=causal)
     swizzle = FA3_FWD_TILES[head_dim, causal].swizzle_bytes
-    splits = {128: (40, 232), 192: (32, 160)}
     cells = [
-        Cell(key, Fa3FwdTile(tile_m, tile_n, *splits[tile_m], scheduler, swizzle_bytes=swizzle))
-        for tile_m, tile_n in tiles or ((tile_m, tile_n) for tile_m in splits for tile_n in TILE_NS[head_dim])
+        Cell(key, fa3_fwd_tile(tile_m, tile_n, scheduler, q_stages, swizzle))
+        for tile_m, tile_n in tiles or ((tile_m, tile_n) for tile_m in REGISTER_SPLITS for tile_n in TILE_NS[head_dim])
         for scheduler in schedulers
+        for q_stages in (1, 2)
     ]
     return [cell for cell in cells if cell.smem_bytes <= MAX_SMEM_BYTES and registers(cell) <= cell.consumer_registers - 24]
 
@@ -64,15 +60,8 @@ def useful_share(cell: Cell, seqlen: int) -> float:
     return useful / (blocks * tile_m * tile_n)
 
 
-def compile_cell(cell: Cell) -> Kernel:
-    """The kernel of a candidate, outside the table of keys."""
-    source = render(cell)
-    hit = obtain(source)
-    return Kernel(cell.key, cell, source, hit.cubin, hit.path, hit.origin)
-
-
 def label(cell: Cell) -> str:
-    return f"{cell.tile_m}x{cell.tile_n} {cell.tile.scheduler}"
+    return f"{cell.tile_m}x{cell.tile_n} {cell.tile.scheduler} q{cell.q_stages}"
 
 
 def launchers(cells: list[Cell], kernels: list[Kernel], head_dim: int, causal: bool, seqlen: int, fa3: Any) -> dict[str, Any]:
@@ -84,7 +73,7 @@ def launchers(cells: list[Cell], kernels: list[Kernel], head_dim: int, causal: b
     from cutlass_fa.problem import Problem
     from cutlass_fa.requests import Window
 
-    shape = (TOKENS // seqlen, seqlen, ELEMENTS_PER_ROW // head_dim, head_dim)
+    shape = Point("bf16", head_dim, seqlen, causal).q_shape
     q, k, v, out = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(4))
     library = library_of(type(q))
     problem = Problem.from_specs(*map(library.spec, (q, k, v, out)), arch="sm_90a", mask=Window(-1, -1, causal))
@@ -108,12 +97,12 @@ def sweep(head_dim: int, causal: bool, arguments: argparse.Namespace, fa3: Any, 
     timings = TorchDevice(torch).timings
     cells = candidates(head_dim, causal, arguments.tiles, arguments.schedulers)
     seqlens: list[int] = arguments.seqlens
-    kernels = [replace(kernel, cell=cell) for kernel, cell in zip(pool.map(compile_cell, cells), cells, strict=True)]
+    kernels = list(pool.map(load_or_compile, cells))
     rates: dict[str, list[float]] = {}
     for seqlen in seqlens:
-        flops = 4 * TOKENS * seqlen * ELEMENTS_PER_ROW / (2 if causal else 1)
+        point = Point("bf16", head_dim, seqlen, causal)
         for name, ms in interleaved_medians(launchers(cells, kernels, head_dim, causal, seqlen, fa3), timings, arguments.rounds, 5).items():
-            rates.setdefault(name, []).append(flops / ms / 1e9)
+            rates.setdefault(name, []).append(point.row(name, ms).tflops or 0.0)
     best = sorted(rates, key=lambda name: -statistics.geometric_mean(rates[name]))
     by_label = {label(cell): (cell, kernel) for cell, kernel in zip(cells, kernels, strict=True)}
     mask = "causal" if causal else "full"

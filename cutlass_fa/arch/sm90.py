@@ -29,31 +29,30 @@ class Fa3FwdTile:
     swizzle_bytes: int = 128
 
 
-def _two(tile_n: int, scheduler: str, q_stages: int = 1) -> Fa3FwdTile:
-    """Two consumer warpgroups: 128 query rows. The producer needs 40 registers: at 24 its tile decoding spills."""
-    return Fa3FwdTile(128, tile_n, producer_registers=40, consumer_registers=232, scheduler=scheduler, q_stages=q_stages)
+# tile_m -> registers per thread of the producer and of a consumer. Two consumers leave the producer 40: at 24 its tile decoding spills.
+REGISTER_SPLITS = {128: (40, 232), 192: (32, 160)}
 
 
-def _three(tile_n: int, scheduler: str, swizzle_bytes: int = 128) -> Fa3FwdTile:
-    """Three consumer warpgroups: 192 query rows, each thread with fewer registers. Shared memory has room for two tiles of Q."""
-    registers = {"producer_registers": 32, "consumer_registers": 160}
-    return Fa3FwdTile(192, tile_n, scheduler=scheduler, swizzle_bytes=swizzle_bytes, q_stages=2, **registers)
+def fa3_fwd_tile(tile_m: int, tile_n: int, scheduler: str, q_stages: int, swizzle_bytes: int = 128) -> Fa3FwdTile:
+    """A row with the register split of its height."""
+    producer, consumer = REGISTER_SPLITS[tile_m]
+    return Fa3FwdTile(tile_m, tile_n, producer, consumer, scheduler, q_stages=q_stages, swizzle_bytes=swizzle_bytes)
 
 
 # (head_dim, causal) -> tile. Chosen on an H100 80GB HBM3 (driver 580.159, NVRTC 13.0, bf16, 16k tokens, seqlen 1k, 4k and 16k), by the
 # geometric mean of the three; benchmarks/experiments.json has the candidates. Consumers taking turns at the tensor cores won or drew for
 # every tile, so every cell does it.
 FA3_FWD_TILES: dict[tuple[int, bool], Fa3FwdTile] = {
-    (64, False): _three(128, "dynamic"),
-    (64, True): _three(128, "dynamic"),
-    (80, False): _three(112, "dynamic", swizzle_bytes=64),
-    (80, True): _three(96, "dynamic", swizzle_bytes=64),
-    (96, False): _three(112, "static", swizzle_bytes=64),
-    (96, True): _three(112, "dynamic", swizzle_bytes=64),
-    (128, False): _two(128, "static", q_stages=2),
-    (128, True): _two(128, "dynamic", q_stages=2),
-    (192, False): _two(80, "dynamic", q_stages=2),
-    (192, True): _two(96, "dynamic"),
-    (256, False): _two(80, "dynamic"),
-    (256, True): _two(64, "dynamic"),
+    (64, False): fa3_fwd_tile(192, 128, "dynamic", q_stages=2),
+    (64, True): fa3_fwd_tile(192, 128, "dynamic", q_stages=2),
+    (80, False): fa3_fwd_tile(192, 112, "dynamic", q_stages=2, swizzle_bytes=64),
+    (80, True): fa3_fwd_tile(192, 96, "dynamic", q_stages=2, swizzle_bytes=64),
+    (96, False): fa3_fwd_tile(192, 112, "static", q_stages=2, swizzle_bytes=64),
+    (96, True): fa3_fwd_tile(192, 112, "dynamic", q_stages=2, swizzle_bytes=64),
+    (128, False): fa3_fwd_tile(128, 128, "static", q_stages=2),
+    (128, True): fa3_fwd_tile(128, 128, "dynamic", q_stages=2),
+    (192, False): fa3_fwd_tile(128, 80, "dynamic", q_stages=2),
+    (192, True): fa3_fwd_tile(128, 96, "dynamic", q_stages=1),
+    (256, False): fa3_fwd_tile(128, 80, "dynamic", q_stages=1),
+    (256, True): fa3_fwd_tile(128, 64, "dynamic", q_stages=1),
 }
