@@ -8,7 +8,8 @@ from . import kernels
 from .arrays import ArrayLibrary, library_of, not_on_gpu
 from .device import check_current_device, device_info
 from .errors import InvalidArgument
-from .launch import LaunchPlan
+from .launch import ForwardPlan
+from .launches import forward_plan
 from .problem import Problem, check_pointers
 from .requests import PersistentMode, PositionBias, Window
 
@@ -74,11 +75,11 @@ def flash_attn_func(
 # A plain tuple, because it is made and hashed on every call.
 _Options = tuple[float | None, bool, tuple[int, ...], int, bool, PersistentMode | None]
 
-_plans: dict[tuple[Any, ...], LaunchPlan] = {}
+_plans: dict[tuple[Any, ...], ForwardPlan] = {}
 _MAX_PLANS = 4096
 
 
-def _plan(library: ArrayLibrary, q: Any, k: Any, v: Any, out: Any, options: _Options) -> LaunchPlan:
+def _plan(library: ArrayLibrary, q: Any, k: Any, v: Any, out: Any, options: _Options) -> ForwardPlan:
     """The launch plan of a call, made at the first call of its kind and found by shapes, strides, dtypes and options afterwards."""
     for name, array in (("k", k), ("v", v), ("out", out)):
         if type(array) is not type(q) and array is not None and library_of(type(array)) is not library:
@@ -95,14 +96,14 @@ def _plan(library: ArrayLibrary, q: Any, k: Any, v: Any, out: Any, options: _Opt
     return plan
 
 
-def _make_plan(library: ArrayLibrary, q: Any, k: Any, v: Any, out: Any, options: _Options) -> LaunchPlan:
+def _make_plan(library: ArrayLibrary, q: Any, k: Any, v: Any, out: Any, options: _Options) -> ForwardPlan:
     device = library.spec(q).device
     # Shapes are checked for CPU arrays too, as for a Hopper GPU, before their place in memory is refused.
     problem = _problem(library, q, k, v, out, options, device_info(device).arch if device >= 0 else "sm_90a")
     if device < 0:
         raise not_on_gpu(library)
     check_current_device(device)
-    return LaunchPlan(problem, kernels.get(problem.request.dispatch_key()))
+    return forward_plan(problem, kernels.get(problem.request.dispatch_key()))
 
 
 def _problem(library: ArrayLibrary, q: Any, k: Any, v: Any, out: Any, options: _Options, arch: str) -> Problem:

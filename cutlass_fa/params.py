@@ -7,7 +7,16 @@ from dataclasses import dataclass
 import numpy as np
 
 # C type -> NumPy type of the same size and alignment.
-_NUMPY_TYPES = {"void*": "u8", "float*": "u8", "int*": "u8", "int64_t": "i8", "int": "i4", "float": "f4"}
+_NUMPY_TYPES = {
+    "void*": "u8",
+    "float*": "u8",
+    "int*": "u8",
+    "int64_t": "i8",
+    "uint64_t": "u8",
+    "int": "i4",
+    "uint32_t": "u4",
+    "float": "f4",
+}
 
 
 @dataclass(frozen=True)
@@ -21,6 +30,10 @@ class ParamField:
     @property
     def numpy_type(self) -> str:
         return _NUMPY_TYPES[self.c_type]
+
+    @property
+    def is_address(self) -> bool:
+        return self.c_type.endswith("*")
 
     @property
     def size_bytes(self) -> int:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
+from .arch.limits import arch_problem
 from .arch.sm90 import FA3_FWD_TILES
-from .dispatch import ARCHS, FP8_DTYPES, MAX_GQA_RATIO, DispatchKey, cell_head_dim
+from .dispatch import FP8_DTYPES, MAX_GQA_RATIO, DispatchKey, cell_head_dim
 from .errors import (
     EmptyBatch,
     Fa3RequiresHopper,
@@ -121,9 +123,10 @@ def Persistent(num_sms: int = 0) -> PersistentMode:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionRequest:
-    """What every forward of dense arrays has: q (batch, seqlen_q, num_heads_q, head_dim); k, v (batch, seqlen_k, num_heads_kv, head_dim).
+    """What every call on dense arrays has: q (batch, seqlen_q, num_heads_q, head_dim); k, v (batch, seqlen_k, num_heads_kv, head_dim).
 
-    dtype: "f16" or "bf16". softmax_scale: default 1 / sqrt(head_dim). arch: NVRTC's name of the target GPU.
+    dtype: "f16" or "bf16". softmax_scale: default 1 / sqrt(head_dim). softcap: scores become softcap * tanh(score / softcap); 0 (the
+    default): as they are. dropout_p: the share of probabilities set to 0, in [0, 1). arch: NVRTC's name of the target GPU.
     Raises EmptyBatch, ZeroSeqlen, SeqlenOverflow, InvalidGqaRatio, UnsupportedHeadDim, UnsupportedDtype, SinkWithoutMask, InvalidArgument.
     """
 
@@ -138,6 +141,8 @@ class AttentionRequest:
     sink_tokens: int = 0
     position_bias: PositionBias = PositionBias()
     softmax_scale: float | None = None
+    softcap: float = 0.0
+    dropout_p: float = 0.0
     arch: str = "sm_90a"
 
     def __post_init__(self) -> None:
@@ -146,14 +151,19 @@ class AttentionRequest:
             raise Fp8MustUseFp8Request(f"dtype={self.dtype}: {type(self).__name__} takes f16 and bf16, not fp8; convert the arrays")
         if self.dtype not in DTYPES_16BIT:
             raise UnsupportedDtype(f"dtype={self.dtype}: accepted are f16 and bf16; convert the arrays")
-        if self.arch not in ARCHS:
-            raise InvalidArgument(f"arch={self.arch!r}: accepted are {', '.join(ARCHS)}")
+        problem = arch_problem(self.arch)
+        if problem is not None:
+            raise InvalidArgument(problem)
         if self.sink_tokens < 0:
             raise InvalidArgument(f"sink_tokens={self.sink_tokens}: must be >= 0")
         if self.sink_tokens and not (self.mask.causal or self.mask.is_sliding):
             raise SinkWithoutMask(f"sink_tokens={self.sink_tokens} with a full mask: every key is visible; use causal or window_size")
         if self.softmax_scale is not None and not (math.isfinite(self.softmax_scale) and self.softmax_scale > 0):
             raise InvalidArgument(f"softmax_scale={self.softmax_scale}: must be a positive finite number")
+        if not (math.isfinite(self.softcap) and self.softcap >= 0):
+            raise InvalidArgument(f"softcap={self.softcap}: must be 0 (off) or a positive finite number")
+        if not 0 <= self.dropout_p < 1:
+            raise InvalidArgument(f"dropout_p={self.dropout_p}: the share of probabilities that are dropped, at least 0 and below 1")
 
     def _check_sizes(self) -> None:
         if self.batch < 1:
@@ -190,6 +200,8 @@ class AttentionRequest:
             sliding_window=self.mask.is_sliding,
             alibi=self.position_bias.alibi,
             sink=self.sink_tokens > 0,
+            softcap=self.softcap > 0,
+            dropout=self.dropout_p > 0,
         )
 
 
@@ -212,6 +224,8 @@ class Fa3FwdRequest(AttentionRequest):
         tile_m = FA3_FWD_TILES[key.head_dim, key.causal].tile_m
         return replace(key, gqa_ratio=packed_gqa_ratio(self.seqlen_q, self.num_heads_q // self.num_heads_kv, tile_m))
 
+
+FwdRequest: TypeAlias = Fa3FwdRequest
 
 PACKING_GAIN = 0.9  # heads are packed when whole tiles of single heads would use less than this share of what packed tiles use
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cutlass_fa import kernels
-from cutlass_fa.arch.sm90 import REGISTERS_PER_SM
+from cutlass_fa.arch.limits import REGISTERS_PER_SM
 from cutlass_fa.cache import IMAGE_FILE
 from cutlass_fa.cell import Cell
 from cutlass_fa.compile import Cubin, compile_source

@@ -20,8 +20,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cutlass_fa.arch.sm90 import FA3_FWD_TILES, MAX_SMEM_BYTES, REGISTER_SPLITS, fa3_fwd_tile
-from cutlass_fa.cell import Cell
+from cutlass_fa.arch.limits import limits_of
+from cutlass_fa.arch.sm90 import FA3_FWD_TILES, REGISTER_SPLITS, fa3_fwd_tile
+from cutlass_fa.cells.fa3_fwd import Fa3FwdCell
 from cutlass_fa.dispatch import DispatchKey
 from cutlass_fa.kernels import Kernel, load_or_compile
 from tools.bench import Point, interleaved_medians
@@ -31,25 +32,27 @@ TILE_NS = {64: (96, 112, 128, 144, 160, 176, 192), 80: (96, 112, 128, 144, 160, 
            128: (80, 96, 112, 128, 144, 160, 176, 192), 192: (64, 80, 96, 112), 256: (48, 64, 80)}  # fmt: skip
 
 
-def candidates(head_dim: int, causal: bool, tiles: list[tuple[int, int]] | None, schedulers: list[str]) -> list[Cell]:
+def candidates(head_dim: int, causal: bool, tiles: list[tuple[int, int]] | None, schedulers: list[str]) -> list[Fa3FwdCell]:
     """Every tile (of `tiles`, or of the grid) that fits shared memory and leaves a consumer 24 registers besides S, P and O."""
     key = DispatchKey("fa3", "fwd", "sm_90a", "bf16", head_dim, causal=causal)
     swizzle = FA3_FWD_TILES[head_dim, causal].swizzle_bytes
     cells = [
-        Cell(key, fa3_fwd_tile(tile_m, tile_n, scheduler, q_stages, swizzle))
+        Fa3FwdCell(key, fa3_fwd_tile(tile_m, tile_n, scheduler, q_stages, swizzle))
         for tile_m, tile_n in tiles or ((tile_m, tile_n) for tile_m in REGISTER_SPLITS for tile_n in TILE_NS[head_dim])
         for scheduler in schedulers
         for q_stages in (1, 2)
     ]
-    return [cell for cell in cells if cell.smem_bytes <= MAX_SMEM_BYTES and registers(cell) <= cell.consumer_registers - 24]
+    return [
+        cell for cell in cells if cell.smem_bytes <= limits_of(cell.arch).smem_bytes and registers(cell) <= cell.consumer_registers - 24
+    ]
 
 
-def registers(cell: Cell) -> int:
+def registers(cell: Fa3FwdCell) -> int:
     """Registers of S, P and O in one consumer thread."""
     return cell.tile_n // 2 + cell.tile_n // 4 + cell.head_dim // 2
 
 
-def useful_share(cell: Cell, seqlen: int) -> float:
+def useful_share(cell: Fa3FwdCell, seqlen: int) -> float:
     """Matrix products inside the problem over matrix products issued."""
     tile_m, tile_n, causal = cell.tile_m, cell.tile_n, cell.is_causal
     blocks = 0
@@ -60,16 +63,16 @@ def useful_share(cell: Cell, seqlen: int) -> float:
     return useful / (blocks * tile_m * tile_n)
 
 
-def label(cell: Cell) -> str:
+def label(cell: Fa3FwdCell) -> str:
     return f"{cell.tile_m}x{cell.tile_n} {cell.tile.scheduler} q{cell.q_stages}"
 
 
-def launchers(cells: list[Cell], kernels: list[Kernel], head_dim: int, causal: bool, seqlen: int, fa3: Any) -> dict[str, Any]:
+def launchers(cells: list[Fa3FwdCell], kernels: list[Kernel], head_dim: int, causal: bool, seqlen: int, fa3: Any) -> dict[str, Any]:
     """What to time on one problem, by label."""
     import torch
 
     from cutlass_fa.arrays import library_of
-    from cutlass_fa.launch import LaunchPlan
+    from cutlass_fa.launches import forward_plan
     from cutlass_fa.problem import Problem
     from cutlass_fa.requests import Window
 
@@ -81,7 +84,7 @@ def launchers(cells: list[Cell], kernels: list[Kernel], head_dim: int, causal: b
     pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
 
     def ours(kernel: Kernel) -> Any:
-        plan = LaunchPlan(problem, kernel)
+        plan = forward_plan(problem, kernel)
         # the default argument keeps the arrays alive as long as their addresses are used
         return lambda _keep=(q, k, v, out): plan.run(pointers, lse.data_ptr(), torch.cuda.current_stream().cuda_stream)
 

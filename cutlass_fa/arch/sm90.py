@@ -1,4 +1,4 @@
-"""Hopper (sm_90a): limits and the tile table of the fa3 forward.
+"""Hopper (sm_90a): the tile table of the fa3 forward.
 
 Tiles are data: FlashAttention-3's table was the start, tools/sweep_tiles.py the judge.
 """
@@ -6,9 +6,6 @@ Tiles are data: FlashAttention-3's table was the start, tools/sweep_tiles.py the
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-MAX_SMEM_BYTES = 232448  # dynamic shared memory one CTA may ask for (227 KiB)
-REGISTERS_PER_SM = 65536
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ import numpy as np
 
 from ..arrays import ArraySpec, library_of
 from ..cell import Cell
+from ..cells.fa3_fwd import Fa3FwdCell
 from ..device import DeviceInfo
-from ..launch import grid_size, map_geometries, pack_params
+from ..launches.fa3_fwd import grid_of, map_geometries, pack_params
 from ..problem import Problem
 from ..render import render
-from ..requests import Persistent, PersistentMode, Window
+from ..requests import PersistentMode, Window
 from .build import ExecutorKernel, Program
 from .faults import ExecutorFault
 from .launch import DEFAULT_TIME_LIMIT_S, Buffer, GlobalMemory, launch
@@ -65,6 +66,7 @@ def run_forward(
     problem = _problem(q, k, v, out_like, softmax_scale, persistent, causal=cell.key.causal)
     memory = GlobalMemory()
     buffers = [memory.add(name, _span(array)) for name, array in (("q", q), ("k", k), ("v", v))]
+    assert isinstance(cell, Fa3FwdCell)
     maps = [encode(geometry, buffer.address) for geometry, buffer in zip(map_geometries(problem, cell), buffers, strict=True)]
     out = _Output.add(memory, problem.out)
     lse_shape = (q.shape[0], q.shape[2], q.shape[1])
@@ -74,7 +76,7 @@ def run_forward(
     for name, buffer in (("o", out.buffer), ("lse", lse), ("tile_counter", counter)):
         if name in (params.dtype.names or ()):
             params[name] = buffer.address
-    grid = grid_size(problem.request.persistent or Persistent(), int(params["num_tiles"][0]), device)
+    grid = grid_of(problem, params, device)
     launch(program, grid, [*maps, params.tobytes()], memory, seed=seed, time_limit_s=time_limit_s)
     name = f"{program.source.name}, seed {seed}"
     if counter.data.any():
