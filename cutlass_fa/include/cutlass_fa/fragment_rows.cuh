@@ -14,7 +14,7 @@ namespace cutlass_fa {
 template <class Element, int kRowBlocks, int kColumnBlocks>
 CUTLASS_FA_DEVICE void store_rows(float const (&acc)[kRowBlocks][kColumnBlocks][4], float scale, Element* destination, int64_t row_stride,
                                   int rows, int columns) {
-  int const lane = thread_index() % kWarpSize;
+  int const lane = static_cast<unsigned>(thread_index()) % kWarpSize;
   int const quad_lane = lane % 4;
 #pragma unroll
   for (int i = 0; i < kRowBlocks; ++i) {
