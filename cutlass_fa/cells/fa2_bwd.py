@@ -86,6 +86,13 @@ class Fa2BwdCell(Cell):
         return self.tile.dq_warps_m
 
     @property
+    def dq_part_d(self) -> int:
+        """Columns of dQ that a warp makes at a time: 32 registers a thread at most, where a warp's columns can be cut so."""
+        columns = self.head_dim * self.dq_warps_m // WARPS
+        most = 1024 // (self.tile_m // self.dq_warps_m)
+        return next(part for part in range(min(columns, most), 0, -MMA_COLUMNS) if columns % part == 0)
+
+    @property
     def threads(self) -> int:
         return 32 * WARPS
 
@@ -141,15 +148,16 @@ class Fa2BwdCell(Cell):
 
     @property
     def params(self) -> tuple[ParamField, ...]:
-        return fa2_bwd_params(self.is_causal)
+        return fa2_bwd_params()
 
 
-def strides(name: str) -> tuple[ParamField, ...]:
-    """The strides of an array (batch, seqlen, heads, head_dim)."""
-    return tuple(ParamField(f"{name}_stride_{axis}", "int64_t", "elements") for axis in ("batch", "row", "head"))
+def array_fields(*names: str) -> tuple[tuple[ParamField, ...], tuple[ParamField, ...]]:
+    """The strides of arrays (batch, seqlen, heads, head_dim): the 64-bit ones, and those of rows."""
+    wide = tuple(ParamField(f"{name}_stride_{axis}", "int64_t", "elements") for name in names for axis in ("batch", "head"))
+    return wide, tuple(ParamField(f"{name}_stride_row", "int", "elements") for name in names)
 
 
-def fa2_bwd_params(causal: bool) -> tuple[ParamField, ...]:
+def fa2_bwd_params() -> tuple[ParamField, ...]:
     """The fields of a main kernel, widest first."""
     addresses = (
         ParamField("q", "void*", "(batch, seqlen_q, num_heads_q, head_dim) in the element type, as all of these; read"),
@@ -175,6 +183,5 @@ def fa2_bwd_params(causal: bool) -> tuple[ParamField, ...]:
         ParamField("softmax_scale", "float", ""),
         ParamField("softmax_scale_log2", "float", "softmax_scale * log2(e)"),
     )
-    sections = (ParamField("heads_per_section", "int", "(batch, key head) pairs whose Q and dO share the L2 cache"),) * causal
-    arrays = tuple(field for name in ("q", "k", "v", "dout", "dk", "dv") for field in strides(name))
-    return addresses + arrays + numbers + sections
+    wide, rows = array_fields("q", "k", "v", "dout", "dk", "dv")
+    return addresses + wide + rows + numbers
