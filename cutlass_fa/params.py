@@ -60,6 +60,15 @@ _HEADS_PER_KV_HEAD = ParamField("heads_per_kv_head", "int", "num_heads_q / num_h
 _NUM_HEADS_KV = ParamField("num_heads_kv", "int", "key heads, the heads of the work list")
 _HEADS_PER_SECTION = ParamField("heads_per_section", "int", "(batch, head) pairs of the work list whose K and V share the L2 cache")
 
+DROPOUT_STATE = (  # after the addresses: a run writes them too
+    ParamField("dropout_seed", "uint64_t", "the random numbers' key"),
+    ParamField("dropout_offset", "uint64_t", "which of the key's sequences of random numbers"),
+)
+DROPOUT_RATE = (
+    ParamField("keep_threshold", "uint32_t", "16-bit random numbers below it keep their element: (1 - dropout_p) * 65536"),
+    ParamField("keep_scale", "float", "1 / (1 - dropout_p)"),
+)
+
 
 def fa3_fwd_params(causal: bool, packed: bool, dynamic_scheduler: bool) -> tuple[ParamField, ...]:
     """The fields of an fa3 forward cell, widest first so that no compiler pads between them."""
