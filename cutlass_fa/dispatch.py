@@ -176,6 +176,7 @@ class DispatchTable:
 
 # What has a template: (family, direction) -> the presence flags that it knows.
 BUILT_FLAGS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("fa2", "fwd"): ("causal", "softcap", "dropout"),
     ("fa3", "fwd"): ("causal",),
 }
 

@@ -108,6 +108,7 @@ void cp_async_wait(int pending, Site site);
 
 float exp2_approx(float x);
 float log2_approx(float x);
+float reciprocal_approx(float x);
 std::uint32_t bfloat16_bits(float x);
 std::uint32_t float16_bits(float x);
 float float16_value(std::uint32_t bits);
