@@ -10,7 +10,7 @@ from ..arch.limits import arch_number, table_arch
 from ..cell import Cell, round_up
 from ..dispatch import DispatchKey
 from ..layouts import PaddedTile
-from ..params import ParamField
+from ..params import CAPPED_SCALE, DROPOUT_RATE, DROPOUT_STATE, SCALE, ParamField
 
 WARPS_PER_GROUP = 4
 WARPS = 2 * WARPS_PER_GROUP
@@ -114,7 +114,7 @@ class Fa2BwdCell(Cell):
     def smem_bytes(self) -> int:
         """sizeof(SharedStorage): K and V, the rings of Q (with lse) and dO (with dpsum), and of P and dS."""
         p_bytes = 2 * self.tile_m * self.tile_n
-        scores = self.score_stages * (p_bytes + self.ds_tile.size_bytes)
+        scores = self.score_stages * (p_bytes * (1 + self.has_own_p) + self.ds_tile.size_bytes)
         rows = (self.q_stages + self.dout_stages) * (self.q_tile.size_bytes + 4 * self.tile_m)
         return round_up(2 * self.kv_tile.size_bytes + rows + scores, 1024)
 
@@ -127,6 +127,24 @@ class Fa2BwdCell(Cell):
     @property
     def has_split_rows(self) -> bool:
         return self.tile.warps_n < WARPS_PER_GROUP
+
+    @property
+    def has_p_slope(self) -> bool:
+        """Whether the other group gets more than P: the softcap's derivative in it, or which elements were dropped."""
+        return self.has_softcap or self.has_dropout
+
+    @property
+    def has_own_p(self) -> bool:
+        """Whether warps of the dV group need a P of their own from each other."""
+        return self.has_split_rows and self.has_p_slope
+
+    @property
+    def operand_p(self) -> str:
+        return "own_p" if self.has_own_p else "p"
+
+    @property
+    def dv_scale(self) -> str:
+        return "params.keep_scale" if self.has_dropout else "1.0f"
 
     @property
     def has_late_dq(self) -> bool:
@@ -148,7 +166,7 @@ class Fa2BwdCell(Cell):
 
     @property
     def params(self) -> tuple[ParamField, ...]:
-        return fa2_bwd_params()
+        return fa2_bwd_params(self.has_softcap, self.has_dropout)
 
 
 def array_fields(*names: str) -> tuple[tuple[ParamField, ...], tuple[ParamField, ...]]:
@@ -157,7 +175,7 @@ def array_fields(*names: str) -> tuple[tuple[ParamField, ...], tuple[ParamField,
     return wide, tuple(ParamField(f"{name}_stride_row", "int", "elements") for name in names)
 
 
-def fa2_bwd_params() -> tuple[ParamField, ...]:
+def fa2_bwd_params(softcap: bool, dropout: bool) -> tuple[ParamField, ...]:
     """The fields of a main kernel, widest first."""
     addresses = (
         ParamField("q", "void*", "(batch, seqlen_q, num_heads_q, head_dim) in the element type, as all of these; read"),
@@ -180,8 +198,8 @@ def fa2_bwd_params() -> tuple[ParamField, ...]:
         ParamField("head_dim", "int", "columns that exist, at most kHeadDim"),
         ParamField("num_m_blocks", "int", "ceil(seqlen_q / kTileM)"),
         ParamField("num_n_blocks", "int", "ceil(seqlen_k / kTileN)"),
-        ParamField("softmax_scale", "float", ""),
-        ParamField("softmax_scale_log2", "float", "softmax_scale * log2(e)"),
+        ParamField("softmax_scale", "float", "factor of q k^T, and so of dk"),
     )
+    scale = CAPPED_SCALE if softcap else (SCALE,)
     wide, rows = array_fields("q", "k", "v", "dout", "dk", "dv")
-    return addresses + wide + rows + numbers
+    return addresses + DROPOUT_STATE * dropout + wide + rows + numbers + scale + DROPOUT_RATE * dropout
