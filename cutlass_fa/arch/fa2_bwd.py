@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .limits import table_arch
+
 
 @dataclass(frozen=True)
 class Fa2BwdTile:
@@ -58,3 +60,15 @@ FA2_BWD_TILES: dict[str, dict[int, Fa2BwdTile]] = {
 }
 FA2_BWD_TILES["sm_89"] = FA2_BWD_TILES["sm_120"] = FA2_BWD_TILES["sm_86"]
 FA2_BWD_TILES["sm_100"] = FA2_BWD_TILES["sm_90a"]
+
+# Tiles of kernels that keep a second copy of P (softcap or dropout where warps_n is 2), where the table's leave no room for it.
+FA2_BWD_OWN_P_TILES: dict[str, dict[int, Fa2BwdTile]] = {
+    arch: {192: _T(32, 32, 2, 1, 1, 2, 2)} for arch in ("sm_86", "sm_89", "sm_120")
+}  # fmt: skip
+
+
+def fa2_bwd_tile(arch: str, head_dim: int, own_p: bool = False) -> Fa2BwdTile:
+    """The tile of a cell. tile_m and the order of dQ are the same with and without own_p, so that one preprocess and one convert serve."""
+    known = table_arch(arch)
+    tile = FA2_BWD_TILES[known][head_dim]
+    return FA2_BWD_OWN_P_TILES.get(known, {}).get(head_dim, tile) if own_p else tile

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..arch.fa2_bwd import FA2_BWD_TILES, Fa2BwdTile
-from ..arch.limits import arch_number, table_arch
+from ..arch.fa2_bwd import Fa2BwdTile, fa2_bwd_tile
+from ..arch.limits import arch_number
 from ..cell import Cell, round_up
 from ..dispatch import DispatchKey
 from ..layouts import PaddedTile
@@ -16,11 +16,6 @@ WARPS_PER_GROUP = 4
 WARPS = 2 * WARPS_PER_GROUP
 MMA_ROWS = 16
 MMA_COLUMNS = 8
-
-
-def fa2_bwd_tile(key: DispatchKey) -> Fa2BwdTile:
-    """The tile of a key of any pass of the backward."""
-    return FA2_BWD_TILES[table_arch(key.arch)][key.head_dim]
 
 
 @dataclass(frozen=True)
@@ -34,7 +29,7 @@ class Fa2BwdCell(Cell):
 
     @classmethod
     def for_key(cls, key: DispatchKey) -> Fa2BwdCell:
-        return cls(key, fa2_bwd_tile(key))
+        return cls(key, fa2_bwd_tile(key.arch, key.head_dim, own_p=key.softcap or key.dropout))
 
     def misfits(self) -> list[str]:
         tile = self.tile
@@ -46,6 +41,7 @@ class Fa2BwdCell(Cell):
             (self.head_dim % (2 * MMA_COLUMNS * halves) != 0, f"head_dim {self.head_dim} in {halves} parts"),
             (tile.tile_m % (MMA_ROWS * tile.dq_warps_m) != 0, f"{tile.tile_m} queries for {tile.dq_warps_m} warps of dQ"),
             (self.head_dim % (MMA_COLUMNS * dq_warps_d) != 0, f"head_dim {self.head_dim} for {dq_warps_d} warps of dQ"),
+            (tile.tile_m * self.head_dim % (4 * self.threads) != 0, f"{tile.tile_m} x {self.head_dim} numbers are cleared 4 a thread"),
             (tile.q_stages < 2, "one block of Q: it is read after the next is asked for"),
             (tile.dout_stages not in (1, 2) or tile.score_stages not in (1, 2), "dO, P and dS come in one or two stages"),
         )
@@ -125,6 +121,10 @@ class Fa2BwdCell(Cell):
         return self.key.deterministic
 
     @property
+    def is_split(self) -> bool:
+        return self.key.split
+
+    @property
     def has_split_rows(self) -> bool:
         return self.tile.warps_n < WARPS_PER_GROUP
 
@@ -166,7 +166,7 @@ class Fa2BwdCell(Cell):
 
     @property
     def params(self) -> tuple[ParamField, ...]:
-        return fa2_bwd_params(self.has_softcap, self.has_dropout)
+        return fa2_bwd_params(self.key)
 
 
 def array_fields(*names: str) -> tuple[tuple[ParamField, ...], tuple[ParamField, ...]]:
@@ -175,18 +175,21 @@ def array_fields(*names: str) -> tuple[tuple[ParamField, ...], tuple[ParamField,
     return wide, tuple(ParamField(f"{name}_stride_row", "int", "elements") for name in names)
 
 
-def fa2_bwd_params(softcap: bool, dropout: bool) -> tuple[ParamField, ...]:
-    """The fields of a main kernel, widest first."""
-    addresses = (
-        ParamField("q", "void*", "(batch, seqlen_q, num_heads_q, head_dim) in the element type, as all of these; read"),
-        ParamField("k", "void*", "(batch, seqlen_k, num_heads_kv, head_dim), read"),
-        ParamField("v", "void*", "like k, read"),
-        ParamField("dout", "void*", "like q, read"),
-        ParamField("dk", "void*", "like k, written"),
-        ParamField("dv", "void*", "like k, written"),
+def fa2_bwd_params(key: DispatchKey) -> tuple[ParamField, ...]:
+    """The fields of a main kernel: what a run writes, then the other wide ones, then the narrow ones."""
+    inputs = (
+        ParamField("q", "void*", "(batch, seqlen_q, num_heads_q, head_dim) in the element type, last dimension contiguous"),
+        ParamField("k", "void*", "(batch, seqlen_k, num_heads_kv, head_dim), likewise"),
+        ParamField("v", "void*", "like k"),
+        ParamField("dout", "void*", "like q"),
         ParamField("lse_log2", "float*", "(batch, num_heads_q, num_m_blocks * kTileM) log-sum-exp in powers of two, +inf where no key counts"),
         ParamField("dpsum", "float*", "like lse_log2: rowsum(dout * out) - dlse"),
-        ParamField("dq_acc", "float*", "(batch, num_heads_q, num_m_blocks, kTileM * kHeadDim) in fragment order, added to"),
+        ParamField("dq_acc", "float*", "(copies, batch, num_heads_q, num_m_blocks, kTileM * kHeadDim) in fragment order, added to"),
+    )
+    gradients = (ParamField("dk", "void*", "like k, written"), ParamField("dv", "void*", "like k, written"))
+    parts = (
+        ParamField("dk_parts", "float*", "(splits, batch, num_heads_kv, seqlen_k, kHeadDim), written"),
+        ParamField("dv_parts", "float*", "like dk_parts"),
     )
     numbers = (
         ParamField("batch", "int", "sequences"),
@@ -200,6 +203,9 @@ def fa2_bwd_params(softcap: bool, dropout: bool) -> tuple[ParamField, ...]:
         ParamField("num_n_blocks", "int", "ceil(seqlen_k / kTileN)"),
         ParamField("softmax_scale", "float", "factor of q k^T, and so of dk"),
     )
-    scale = CAPPED_SCALE if softcap else (SCALE,)
-    wide, rows = array_fields("q", "k", "v", "dout", "dk", "dv")
-    return addresses + DROPOUT_STATE * dropout + wide + rows + numbers + scale + DROPOUT_RATE * dropout
+    splits = (ParamField("num_splits", "int", "CTAs that share a block of keys, each with some of its queries"),) * key.split
+    copies = (ParamField("num_copies", "int", "copies of dq_acc, at most num_n_blocks"),) * key.deterministic
+    scale = CAPPED_SCALE if key.softcap else (SCALE,)
+    wide, rows = array_fields("q", "k", "v", "dout", *(() if key.split else ("dk", "dv")))
+    addresses = inputs + (parts if key.split else gradients) + DROPOUT_STATE * key.dropout
+    return addresses + wide + rows + numbers + splits + copies + scale + DROPOUT_RATE * key.dropout
