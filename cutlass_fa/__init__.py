@@ -9,10 +9,12 @@ Importing this package needs neither CuPy nor a GPU.
 from __future__ import annotations
 
 from .api import flash_attn_func
+from .api_backward import flash_attn_backward
 from .dispatch import DISPATCH_TABLE, DispatchKey
 from .errors import FlashAttnError
 from .requests import (
     Causal,
+    Fa2BwdRequest,
     Fa3FwdRequest,
     Full,
     Grid,
@@ -32,6 +34,7 @@ __all__ = [
     "DISPATCH_TABLE",
     "Causal",
     "DispatchKey",
+    "Fa2BwdRequest",
     "Fa3FwdRequest",
     "FlashAttnError",
     "Full",
@@ -43,6 +46,7 @@ __all__ = [
     "SlidingCausal",
     "SlidingFull",
     "Window",
+    "flash_attn_backward",
     "flash_attn_func",
     "no_compile",
 ]
