@@ -24,49 +24,82 @@ class Fa2FwdTile:
     stages: int = 2
 
 
-def fa2_fwd_tile(arch: str, head_dim: int, causal: bool) -> Fa2FwdTile:
+def fa2_fwd_tile(arch: str, head_dim: int, *, causal: bool, softcap: bool, dropout: bool) -> Fa2FwdTile:
     """The row of an architecture, or of the nearest older one that has a table."""
-    return _TABLES[table_arch(arch)][head_dim, causal]
+    table = _TABLES[table_arch(arch)]
+    if dropout and head_dim in table.dropout:
+        return table.dropout[head_dim]
+    if softcap and head_dim in table.softcap:
+        return table.softcap[head_dim]
+    return table.tiles[head_dim, causal]
 
 
-_Table = dict[tuple[int, bool], Fa2FwdTile]
+@dataclass(frozen=True)
+class _Table:
+    """tiles: (head_dim, causal) -> tile. softcap, dropout: head_dim -> tile, where a feature's registers leave no room for that one."""
+
+    tiles: dict[tuple[int, bool], Fa2FwdTile]
+    softcap: dict[int, Fa2FwdTile]
+    dropout: dict[int, Fa2FwdTile]
 
 
-def _both(rows: dict[int, Fa2FwdTile]) -> _Table:
+def _both(rows: dict[int, Fa2FwdTile]) -> dict[tuple[int, bool], Fa2FwdTile]:
     """The same tile with and without a causal mask."""
     return {(head_dim, causal): tile for head_dim, tile in rows.items() for causal in (False, True)}
 
 
-# Rows that no GPU has timed yet: they follow from what fits. tools/sweep_tiles.py times candidates.
-_HOPPER = _both(
-    {
-        64: Fa2FwdTile(4, 32, 64, 3),
-        80: Fa2FwdTile(4, 32, 64, 2),
-        96: Fa2FwdTile(4, 32, 64, 2),
-        128: Fa2FwdTile(4, 32, 64, 2),
-        192: Fa2FwdTile(8, 16, 64, 1),
-        256: Fa2FwdTile(8, 16, 64, 1),
-    }
-)
-_AMPERE = _both(
-    {
-        64: Fa2FwdTile(4, 32, 64, 3),
-        80: Fa2FwdTile(4, 32, 64, 2),
-        96: Fa2FwdTile(4, 32, 64, 2),
-        128: Fa2FwdTile(4, 32, 32, 2),
-        192: Fa2FwdTile(8, 16, 64, 1),
-        256: Fa2FwdTile(8, 16, 32, 1),
-    }
-)
-_SMALL = _both(  # 99 KiB
-    {
+# No GPU has timed these rows yet: they are the largest tiles that fit without spills. tools/sweep_tiles.py --family fa2 times candidates.
+_HOPPER = _Table(
+    tiles=_both(
+        {
+            64: Fa2FwdTile(4, 32, 64, 2, q_in_registers=True),
+            80: Fa2FwdTile(4, 32, 64, 2),
+            96: Fa2FwdTile(4, 32, 64, 2),
+            128: Fa2FwdTile(4, 32, 64, 2),
+            192: Fa2FwdTile(8, 16, 64, 1),
+            256: Fa2FwdTile(8, 16, 64, 1),
+        }
+    ),
+    softcap={80: Fa2FwdTile(4, 32, 32, 2), 96: Fa2FwdTile(4, 32, 32, 2), 128: Fa2FwdTile(4, 32, 48, 2)},
+    dropout={
         64: Fa2FwdTile(4, 32, 64, 2),
-        80: Fa2FwdTile(4, 16, 32, 2),
-        96: Fa2FwdTile(4, 16, 32, 2),
-        128: Fa2FwdTile(4, 16, 32, 2),
-        192: Fa2FwdTile(4, 16, 32, 1),
-        256: Fa2FwdTile(4, 16, 32, 1),
-    }
+        80: Fa2FwdTile(4, 32, 32, 2),
+        96: Fa2FwdTile(4, 32, 32, 2),
+        128: Fa2FwdTile(8, 16, 64, 1),
+    },
+)
+_AMPERE = _Table(
+    tiles=_both(
+        {
+            64: Fa2FwdTile(4, 32, 64, 2, q_in_registers=True),
+            80: Fa2FwdTile(4, 32, 64, 2),
+            96: Fa2FwdTile(4, 32, 64, 2),
+            128: Fa2FwdTile(4, 32, 32, 2),
+            192: Fa2FwdTile(8, 16, 64, 1),
+            256: Fa2FwdTile(8, 16, 32, 1),
+        }
+    ),
+    softcap={80: Fa2FwdTile(4, 32, 32, 2), 96: Fa2FwdTile(4, 32, 32, 2)},
+    dropout={
+        64: Fa2FwdTile(4, 32, 64, 2),
+        80: Fa2FwdTile(4, 32, 32, 2),
+        96: Fa2FwdTile(4, 32, 32, 2),
+        128: Fa2FwdTile(8, 16, 64, 1),
+    },
+)
+_SMALL = _Table(  # 99 KiB of shared memory
+    tiles=_both(
+        {
+            64: Fa2FwdTile(4, 32, 64, 2, q_in_registers=True),
+            80: Fa2FwdTile(4, 32, 32, 2),
+            96: Fa2FwdTile(4, 32, 32, 2),
+            128: Fa2FwdTile(8, 16, 32, 1),
+            192: Fa2FwdTile(8, 16, 32, 1),
+            256: Fa2FwdTile(4, 16, 32, 1),
+        }
+    ),
+    softcap={},
+    dropout={64: Fa2FwdTile(4, 32, 64, 2)},
 )
 _TABLES: dict[str, _Table] = {
     "sm_80": _AMPERE,

@@ -26,7 +26,7 @@ class Fa2FwdCell(Cell):
 
     @classmethod
     def for_key(cls, key: DispatchKey) -> Fa2FwdCell:
-        return cls(key, fa2_fwd_tile(key.arch, key.head_dim, key.causal))
+        return cls(key, fa2_fwd_tile(key.arch, key.head_dim, causal=key.causal, softcap=key.softcap, dropout=key.dropout))
 
     def misfits(self) -> list[str]:
         tile, rows_per_pass = self.tile, self.threads * 16 // self.swizzle_bytes
@@ -117,6 +117,10 @@ class Fa2FwdCell(Cell):
     @property
     def has_q_in_registers(self) -> bool:
         return self.tile.q_in_registers
+
+    @property
+    def has_q_in_shared_memory(self) -> bool:
+        return not self.tile.q_in_registers
 
     # ---- Params ------------------------------------------------------------------------------------------------------------------
 
