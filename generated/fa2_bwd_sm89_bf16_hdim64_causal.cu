@@ -429,7 +429,6 @@ CUTLASS_FA_DEVICE void backward_of_keys(SharedStorage& shared, Params const& par
   } else {
     make_dk(self, shared, params, work, dq_acc, acc);
   }
-  cp_async_wait_all();  // of K or V, where no query sees the keys
   self = worker_of(without_history(thread_index()));  // so that nothing of it is kept in registers in between
   work = work_of(params, without_history(index));
   if (self.group == 0) {

@@ -448,7 +448,7 @@ CUTLASS_FA_DEVICE void backward_of_keys(SharedStorage& shared, Params const& par
   } else {
     make_dk(self, shared, params, work, dq_acc, acc);
   }
-  cp_async_wait_all();  // of K or V, where no query sees the keys
+  cp_async_wait_all();  // K or V still land where no query of this split sees the keys
   self = worker_of(without_history(thread_index()));  // so that nothing of it is kept in registers in between
   work = work_of(params, without_history(index));
   store_part(self, params, work, acc, self.group == 0 ? params.dv_parts : params.dk_parts);
