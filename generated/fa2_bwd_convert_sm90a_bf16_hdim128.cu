@@ -19,6 +19,7 @@ constexpr int kDqWarpsD = 8 / kDqWarpsM;
 constexpr int kDqWarpM = kTileM / kDqWarpsM;
 constexpr int kDqWarpD = kHeadDim / kDqWarpsD;
 constexpr int kDqPartD = 32;
+constexpr bool kVectorAtomics = true;
 struct Params {
   void* dq;  // (batch, seqlen_q, num_heads_q, head_dim) in the element type, written
   float* dq_acc;  // (num_copies, batch, num_heads_q, num_m_blocks, kTileM * kHeadDim) in fragment order
@@ -33,11 +34,6 @@ struct Params {
   float scale;  // factor of the sum
 };
 static_assert(sizeof(Params) == 64, "params.py packs another layout");
-
-// What one lane holds of a 16 x 8 block of the accumulator; see add_fragment in the main kernel.
-CUTLASS_FA_DEVICE float4 load_fragment(float const* fragment, int lane) {
-  return *reinterpret_cast<float4 const*>(fragment + 4 * lane);
-}
 
 // dQ of one block of one head of one sequence for each CTA: the copies are added up in their order.
 extern "C" __global__ void __launch_bounds__(kThreads) flash_bwd_convert(const __grid_constant__ Params params) {
@@ -60,7 +56,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) flash_bwd_convert(const _
 #pragma unroll
       for (int j = 0; j < kDqPartD / 8; ++j) {
         for (int copy = 0; copy < params.num_copies; ++copy) {
-          float4 const term = load_fragment(fragment + copy * copy_size, lane);
+          float4 const term = load_fragment<kVectorAtomics>(fragment + copy * copy_size, lane);
           acc[i][j][0] += term.x;
           acc[i][j][1] += term.y;
           acc[i][j][2] += term.z;

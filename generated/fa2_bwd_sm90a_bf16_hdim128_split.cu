@@ -2,8 +2,8 @@
 // cell: fa2_bwd_sm90a_bf16_hdim128_split   tile 64x128, 3 stages, 256 threads, smem 228352 B
 // regenerate: python tools/regenerate_kernels.py fa2_bwd_sm90a_bf16_hdim128_split
 // SPDX-License-Identifier: BSD-3-Clause
-#include <cutlass_fa/atomic.cuh>
 #include <cutlass_fa/base.cuh>
+#include <cutlass_fa/copy_rows.cuh>
 #include <cutlass_fa/cp_async.cuh>
 #include <cutlass_fa/fragment_rows.cuh>
 #include <cutlass_fa/math.cuh>
@@ -38,7 +38,8 @@ constexpr int kDqWarpsM = 2;
 constexpr int kDqWarpsD = 8 / kDqWarpsM;
 constexpr int kDqWarpM = kTileM / kDqWarpsM;
 constexpr int kDqWarpD = kHeadDim / kDqWarpsD;
-constexpr int kDqPartD = 32;
+constexpr int kDqPartD = 32;  // columns at a time: as many as leave registers for the rest
+constexpr bool kVectorAtomics = true;
 
 constexpr int kPitch = kHeadDim * 2 + 16;     // bytes from one row of Q, K, V or dO to the next: an odd number of 16-byte units
 constexpr int kScorePitch = kTileM * 2 + 16;  // of dS, whose rows are keys
@@ -176,30 +177,7 @@ CUTLASS_FA_DEVICE Worker worker_of(unsigned thread) {
 // The group's four warps meet: what each has written or copied is there for all, and none reads what came before.
 CUTLASS_FA_DEVICE void group_sync(Worker const& self) { named_barrier_sync(kGroupBarrier + self.group, kWarpgroupSize); }
 
-// ---- copies: by one group, eight lanes a row -------------------------------------------------------------------------------------------
-
-// kRows rows to a tile. source: this thread's first 16 bytes; what lies beyond `rows` rows or head_dim columns becomes 0.
-template <int kRows>
-CUTLASS_FA_DEVICE void load_rows(Worker const& self, char* tile, Element const* source, int stride, int rows, int head_dim) {
-  unsigned const thread = without_history(self.thread);  // row and column are cheaper to compute than to keep
-  int const row = thread / 8, column = thread % 8 * 8;
-  char* const destination = tile + row * kPitch + column * 2;
-#pragma unroll
-  for (int first = 0; first < kRows; first += 16) {
-    bool const exists = row + first < rows;
-#pragma unroll
-    for (int c = 0; c < kHeadDim; c += 64) {
-      if (c + 64 <= kHeadDim || column + c < kHeadDim) {
-        cp_async(destination + first * kPitch + c * 2, source + static_cast<int64_t>(first) * stride + c, exists && column + c < head_dim ? 16 : 0);
-      }
-    }
-  }
-}
-
-// This thread's first 16 bytes of a matrix (batch, rows, heads, head_dim) from `row` on.
-CUTLASS_FA_DEVICE Element const* source_of(Worker const& self, void const* matrix, int64_t batch_offset, int64_t head_offset, int row, int stride) {
-  return static_cast<Element const*>(matrix) + batch_offset + head_offset + static_cast<int64_t>(row + self.thread / 8) * stride + self.thread % 8 * 8;
-}
+// ---- copies: by one group -------------------------------------------------------------------------------------------------------------
 
 // Blocks of Q or dO, one after the other.
 struct Loader {
@@ -209,7 +187,7 @@ struct Loader {
 
 CUTLASS_FA_DEVICE void load_block(Worker const& self, char* tile, float* numbers, float const* all_numbers, Loader& next, Params const& params, Work const& work,
                                   int stride_row, int64_t stride_head) {
-  load_rows<kTileM>(self, tile, next.source, stride_row, params.seqlen_q - next.block.m_block * kTileM, params.head_dim);
+  copy_rows<kTileM, kHeadDim, kPitch>(tile, next.source, stride_row, params.seqlen_q - next.block.m_block * kTileM, params.head_dim, self.thread);
   if (self.thread < kTileM / 4) { cp_async(numbers + 4 * self.thread, all_numbers + static_cast<int64_t>(next.block.index) * kTileM + 4 * self.thread); }
   next.source += static_cast<int64_t>(kTileM) * stride_row;
   advance(params, work, next.block);
@@ -218,12 +196,22 @@ CUTLASS_FA_DEVICE void load_block(Worker const& self, char* tile, float* numbers
   }
 }
 
-// ---- both groups: dQ ------------------------------------------------------------------------------------------------------------------
-
-// A 16 x 8 block of dQ; each request of a warp is contiguous.
-CUTLASS_FA_DEVICE void add_fragment(float* fragment, int lane, float const (&acc)[4]) {
-  atomic_add(fragment + 4 * lane, make_float4(acc[0], acc[1], acc[2], acc[3]));
+// The CTA's keys of K or V.
+CUTLASS_FA_DEVICE void load_keys(Worker const& self, char* tile, void const* matrix, Params const& params, Work const& work, int64_t stride_batch,
+                                 int64_t stride_head, int stride_row) {
+  int const key = work.n_block * kTileN;
+  Element const* const rows = static_cast<Element const*>(matrix) + work.batch * stride_batch + work.kv_head * stride_head + static_cast<int64_t>(key) * stride_row;
+  copy_rows<kTileN, kHeadDim, kPitch>(tile, first_unit(rows, stride_row, self.thread), stride_row, params.seqlen_k - key, params.head_dim, self.thread);
 }
+
+// Where the blocks of Q or dO begin.
+CUTLASS_FA_DEVICE Loader make_loader(Worker const& self, void const* matrix, Work const& work, int64_t stride_batch, int64_t stride_head, int stride_row) {
+  Element const* const rows = static_cast<Element const*>(matrix) + work.batch * stride_batch + work.first_head * stride_head +
+                              static_cast<int64_t>(work.first.m_block * kTileM) * stride_row;
+  return {first_unit(rows, stride_row, self.thread), work.first};
+}
+
+// ---- both groups: dQ ------------------------------------------------------------------------------------------------------------------
 
 // This warp's part of dS K for one block, added to the accumulator in the order of the fragments.
 CUTLASS_FA_DEVICE void add_dq(Worker const& self, SharedStorage const& shared, int stage, float* dq_acc, int block_index) {
@@ -232,14 +220,14 @@ CUTLASS_FA_DEVICE void add_dq(Worker const& self, SharedStorage const& shared, i
   char const* const k = shared.k + lane_offset_down<kPitch>(self.lane) + warp % kDqWarpsD * kDqWarpD * 2;
   float* fragment = dq_acc + static_cast<int64_t>(block_index) * kTileM * kHeadDim + warp * kDqWarpM * kDqWarpD;
 #pragma unroll
-  for (int part = 0; part < kDqWarpD; part += kDqPartD) {  // as many columns at a time as leave registers for the rest
+  for (int part = 0; part < kDqWarpD; part += kDqPartD) {
     float acc_dq[kDqWarpM / 16][kDqPartD / 8][4] = {};
     multiply_columns<Element, kScorePitch, kPitch, kTileN / 16>(acc_dq, ds, k + part * 2);
 #pragma unroll
     for (int i = 0; i < kDqWarpM / 16; ++i) {
 #pragma unroll
       for (int j = 0; j < kDqPartD / 8; ++j) {
-        add_fragment(fragment, self.lane, acc_dq[i][j]);
+        add_fragment<kVectorAtomics>(fragment, self.lane, acc_dq[i][j]);
         fragment += 128;
       }
     }
@@ -298,6 +286,30 @@ CUTLASS_FA_DEVICE void scores_to_p(Worker const& self, SharedStorage& shared, in
   }
 }
 
+CUTLASS_FA_DEVICE float ds_of(Params const&, float p, float dp, float dpsum) { return p * (dp - dpsum); }
+// dS^T of one block: as the A operand, and to shared memory for dQ.
+CUTLASS_FA_DEVICE void make_ds(Worker const& self, SharedStorage& shared, int stage, Params const& params, float const* dpsum,
+                               float const (&acc_dp)[kWarpN / 16][kWarpM / 8][4], uint32_t (&ds)[kWarpM / 16][kWarpN / 16][4]) {
+  uint4 const* const slots = shared.p[stage] + self.thread;
+  char* const rows = shared.ds[stage] + (self.key + self.lane / 4) * kScorePitch + (self.query + self.lane % 4 * 2) * 2;
+  dpsum += self.query + self.lane % 4 * 2;
+#pragma unroll
+  for (int step = 0; step < kWarpM / 16; ++step) {
+    float2 const sum[2] = {*reinterpret_cast<float2 const*>(dpsum + 16 * step), *reinterpret_cast<float2 const*>(dpsum + 16 * step + 8)};
+#pragma unroll
+    for (int i = 0; i < kWarpN / 16; ++i) {
+      uint4 const packed = slots[(step * (kWarpN / 16) + i) * kWarpgroupSize];
+      uint32_t const p[4] = {packed.x, packed.y, packed.z, packed.w};
+#pragma unroll
+      for (int word = 0; word < 4; ++word) {  // key 8 (word % 2), queries 8 (word / 2) and the next of the 16 x 16
+        float const* const dp = acc_dp[i][2 * step + word / 2] + word % 2 * 2;
+        float2 const pair = unpack2<Element>(p[word]);
+        ds[step][i][word] = pack2<Element>(ds_of(params, pair.x, dp[0], sum[word / 2].x), ds_of(params, pair.y, dp[1], sum[word / 2].y));
+        *reinterpret_cast<uint32_t*>(rows + (16 * i + word % 2 * 8) * kScorePitch + step * 32 + word / 2 * 16) = ds[step][i][word];
+      }
+    }
+  }
+}
 
 // ---- group 0: P = exp2(S - lse), dV += P^T dO -----------------------------------------------------------------------------------------
 
@@ -314,8 +326,7 @@ CUTLASS_FA_DEVICE void make_p(Worker const& self, SharedStorage& shared, int q_s
 CUTLASS_FA_DEVICE void make_dv(Worker const& self, SharedStorage& shared, Params const& params, Work const& work, float* dq_acc,
                                float (&acc_dv)[kWarpN / 16][kWarpD / 8][4]) {
   Block block = work.first;
-  Loader next = {source_of(self, params.q, work.batch * params.q_stride_batch, work.first_head * params.q_stride_head, block.m_block * kTileM, params.q_stride_row),
-                 block};
+  Loader next = make_loader(self, params.q, work, params.q_stride_batch, params.q_stride_head, params.q_stride_row);
   int last_index = 0;  // of the block before, whose dQ comes next
   PipelineState<kQStages> q_pipe, load_pipe;
   auto load_next = [&](unsigned step) {
@@ -325,8 +336,7 @@ CUTLASS_FA_DEVICE void make_dv(Worker const& self, SharedStorage& shared, Params
     cp_async_commit();
     load_pipe.advance();
   };
-  load_rows<kTileN>(self, shared.k, source_of(self, params.k, work.batch * params.k_stride_batch, work.kv_head * params.k_stride_head, work.n_block * kTileN,
-                    params.k_stride_row), params.k_stride_row, params.seqlen_k - work.n_block * kTileN, params.head_dim);
+  load_keys(self, shared.k, params.k, params, work, params.k_stride_batch, params.k_stride_head, params.k_stride_row);
 #pragma unroll
   for (unsigned step = 0; step < kQStages - 1; ++step) { load_next(step); }
 #pragma unroll 1
@@ -356,36 +366,10 @@ CUTLASS_FA_DEVICE void make_dv(Worker const& self, SharedStorage& shared, Params
 
 // ---- group 1: dS = P (dO V^T - dpsum), dK += dS^T Q -----------------------------------------------------------------------------------
 
-CUTLASS_FA_DEVICE float ds_of(Params const&, float p, float dp, float dpsum) { return p * (dp - dpsum); }
-// dS^T of one block: as the A operand, and to shared memory for dQ.
-CUTLASS_FA_DEVICE void make_ds(Worker const& self, SharedStorage& shared, int stage, Params const& params, float const* dpsum,
-                               float const (&acc_dp)[kWarpN / 16][kWarpM / 8][4], uint32_t (&ds)[kWarpM / 16][kWarpN / 16][4]) {
-  uint4 const* const slots = shared.p[stage] + self.thread;
-  char* const rows = shared.ds[stage] + (self.key + self.lane / 4) * kScorePitch + (self.query + self.lane % 4 * 2) * 2;
-  dpsum += self.query + self.lane % 4 * 2;
-#pragma unroll
-  for (int step = 0; step < kWarpM / 16; ++step) {
-    float2 const sum[2] = {*reinterpret_cast<float2 const*>(dpsum + 16 * step), *reinterpret_cast<float2 const*>(dpsum + 16 * step + 8)};
-#pragma unroll
-    for (int i = 0; i < kWarpN / 16; ++i) {
-      uint4 const packed = slots[(step * (kWarpN / 16) + i) * kWarpgroupSize];
-      uint32_t const p[4] = {packed.x, packed.y, packed.z, packed.w};
-#pragma unroll
-      for (int word = 0; word < 4; ++word) {  // key 8 (word % 2), queries 8 (word / 2) and the next of the 16 x 16
-        float const* const dp = acc_dp[i][2 * step + word / 2] + word % 2 * 2;
-        float2 const pair = unpack2<Element>(p[word]);
-        ds[step][i][word] = pack2<Element>(ds_of(params, pair.x, dp[0], sum[word / 2].x), ds_of(params, pair.y, dp[1], sum[word / 2].y));
-        *reinterpret_cast<uint32_t*>(rows + (16 * i + word % 2 * 8) * kScorePitch + step * 32 + word / 2 * 16) = ds[step][i][word];
-      }
-    }
-  }
-}
-
 CUTLASS_FA_DEVICE void make_dk(Worker const& self, SharedStorage& shared, Params const& params, Work const& work, float* dq_acc,
                                float (&acc_dk)[kWarpN / 16][kWarpD / 8][4]) {
   Block block = work.first;
-  Loader next = {source_of(self, params.dout, work.batch * params.dout_stride_batch, work.first_head * params.dout_stride_head, block.m_block * kTileM,
-                           params.dout_stride_row), block};
+  Loader next = make_loader(self, params.dout, work, params.dout_stride_batch, params.dout_stride_head, params.dout_stride_row);
   PipelineState<kQStages> q_pipe;
   auto load_next = [&](unsigned step) {
     if (step < work.num_blocks) {
@@ -394,8 +378,7 @@ CUTLASS_FA_DEVICE void make_dk(Worker const& self, SharedStorage& shared, Params
     }
     cp_async_commit();
   };
-  load_rows<kTileN>(self, shared.v, source_of(self, params.v, work.batch * params.v_stride_batch, work.kv_head * params.v_stride_head, work.n_block * kTileN,
-                    params.v_stride_row), params.v_stride_row, params.seqlen_k - work.n_block * kTileN, params.head_dim);
+  load_keys(self, shared.v, params.v, params, work, params.v_stride_batch, params.v_stride_head, params.v_stride_row);
   load_next(0);
 #pragma unroll 1
   for (unsigned step = 0; step < work.num_blocks; ++step) {
@@ -423,19 +406,8 @@ CUTLASS_FA_DEVICE void make_dk(Worker const& self, SharedStorage& shared, Params
 
 // This warp's rows of one part of the sum for dV or dK: flash_bwd_convert adds the parts.
 CUTLASS_FA_DEVICE void store_part(Worker const& self, Params const& params, Work const& work, float const (&acc)[kWarpN / 16][kWarpD / 8][4], float* parts) {
-  int const key = work.n_block * kTileN + self.key + self.lane / 4;
-  float* const rows = parts + (work.part * static_cast<int64_t>(params.seqlen_k) + key) * kHeadDim + self.column + self.lane % 4 * 2;
-#pragma unroll
-  for (int i = 0; i < kWarpN / 16; ++i) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      if (key + 16 * i + 8 * r >= params.seqlen_k) { continue; }
-#pragma unroll
-      for (int j = 0; j < kWarpD / 8; ++j) {
-        *reinterpret_cast<float2*>(rows + (16 * i + 8 * r) * kHeadDim + 8 * j) = make_float2(acc[i][j][2 * r], acc[i][j][2 * r + 1]);
-      }
-    }
-  }
+  int const key = work.n_block * kTileN + self.key;
+  store_float_rows(acc, parts + (work.part * static_cast<int64_t>(params.seqlen_k) + key) * kHeadDim + self.column, kHeadDim, params.seqlen_k - key);
 }
 
 // Everything that one block of keys takes part in. index: see work_of.
