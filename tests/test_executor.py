@@ -197,7 +197,7 @@ ACTS = (
     Act("drop a call", "fence_mbarrier_init", "without fence_mbarrier_init"),
     Act("drop a call", "block_sync", "no barrier separates|not initialised"),
     Act("drop a call", "wgmma_fence", "wgmma_fence", "issue_pv"),
-    Act("drop a call", "wgmma_commit", "in flight|were written between the issue", "issue_pv"),
+    Act("drop a call", "wgmma_commit", "in flight|were written between the issue|may still be reading", "issue_pv"),
     Act("drop a call", "wait_turn", "twice before it has opened"),
     Act("drop a call", "grow_registers_to", "kept its .* registers"),
     Act("drop a call", "pin_registers.p", "never went through pin_registers"),

@@ -162,6 +162,15 @@ class Fa3FwdCell(Cell):
     def has_dynamic_scheduler(self) -> bool:
         return self.tile.scheduler == "dynamic"
 
+    @property
+    def overlaps_own_pv(self) -> bool:
+        return self.tile.overlaps_own_pv
+
+    @property
+    def waits_for_own_pv(self) -> bool:
+        """Whether some blocks are taken in that way: masked ones always are, which saves a copy of the code."""
+        return self.is_causal or not self.overlaps_own_pv
+
     # ---- Params ------------------------------------------------------------------------------------------------------------------
 
     @property
