@@ -104,6 +104,14 @@ constexpr int kQBytesPerChunk = kTileM * 64;
 CUTLASS_FA_DEVICE void load_q_chunk(TensorMap const& map, Mbarrier& full, char* destination, int column, Tile const& tile) {
   tma_load(map, full, CacheHint::kEvictFirst, destination, column, tile.m_block * kTileM, tile.head, tile.batch);
 }
+// A tile's rows of Q, a chunk of columns at a time.
+CUTLASS_FA_DEVICE void load_q(TensorMap const& map, Mbarrier& full, char* destination, Tile const& tile) {
+  full.arrive_and_expect(kChunks * kQBytesPerChunk);
+#pragma unroll 1
+  for (int chunk = 0; chunk < kChunks; ++chunk) {
+    load_q_chunk(map, full, destination + chunk * kQChunkBytes, chunk * kChunkColumns, tile);
+  }
+}
 
 // Every query sees every key.
 CUTLASS_FA_DEVICE int key_end(Params const& params, int query) { return params.seqlen_k; }
@@ -129,6 +137,15 @@ CUTLASS_FA_DEVICE void apply_mask(float (&acc_s)[kTileN / 2], int const (&limit)
         score = bits >> (i - first) & 1 ? score : negative_infinity();
       }
     }
+  }
+}
+
+// kTileN keys of K or V.
+CUTLASS_FA_DEVICE void load_kv(TensorMap const& map, Mbarrier& full, char* destination, int n_block, int kv_head, int batch) {
+  full.arrive_and_expect(kChunks * kKvChunkBytes);
+#pragma unroll 1
+  for (int chunk = 0; chunk < kChunks; ++chunk) {
+    tma_load(map, full, CacheHint::kEvictLast, destination + chunk * kKvChunkBytes, chunk * kChunkColumns, n_block * kTileN, kv_head, batch);
   }
 }
 
@@ -163,24 +180,6 @@ CUTLASS_FA_DEVICE void store_o(Params const& params, Tile const& tile, int row_i
 }
 
 // ---- producer: one thread starts every copy -------------------------------------------------------------------------------------------
-
-// A tile's rows of Q, a chunk of columns at a time.
-CUTLASS_FA_DEVICE void load_q(TensorMap const& map, Mbarrier& full, char* destination, Tile const& tile) {
-  full.arrive_and_expect(kChunks * kQBytesPerChunk);
-#pragma unroll 1
-  for (int chunk = 0; chunk < kChunks; ++chunk) {
-    load_q_chunk(map, full, destination + chunk * kQChunkBytes, chunk * kChunkColumns, tile);
-  }
-}
-
-// kTileN keys of K or V.
-CUTLASS_FA_DEVICE void load_kv(TensorMap const& map, Mbarrier& full, char* destination, int n_block, int kv_head, int batch) {
-  full.arrive_and_expect(kChunks * kKvChunkBytes);
-#pragma unroll 1
-  for (int chunk = 0; chunk < kChunks; ++chunk) {
-    tma_load(map, full, CacheHint::kEvictLast, destination + chunk * kKvChunkBytes, chunk * kChunkColumns, n_block * kTileN, kv_head, batch);
-  }
-}
 
 CUTLASS_FA_DEVICE void produce(SharedStorage& shared, TensorMap const& map_q, TensorMap const& map_k, TensorMap const& map_v, Params const& params) {
   PipelineState<kStages> k_pipe, v_pipe;

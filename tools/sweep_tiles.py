@@ -1,10 +1,10 @@
 #!/usr/bin/env python
 """Sweep the tile table of the fa3 forward on a Hopper GPU: predicted beside measured, one line per candidate.
 
-A candidate is tile_m x tile_n, a scheduler, one or two tiles of Q in flight, and whether a warpgroup's own P V overlaps its softmax ("own").
-Predicted: registers a consumer thread needs for S, P and O (of those it has), shared memory, and the share of the matrix products that
-falls inside the problem (what is left after whole tiles, and under a causal mask after whole blocks on the diagonal). What spills, or has
-its products serialised by the compiler, is left out. Each candidate is timed as tools/bench.py times peers.
+A candidate is tile_m x tile_n, a scheduler, one or two tiles of Q in flight, and whether a warpgroup's P V runs during its softmax
+("own"). Predicted: registers a consumer thread needs for S, P and O (of those it has), shared memory, and the share of the matrix products
+that falls inside the problem (what is left after whole tiles, and under a causal mask after whole blocks on the diagonal). What spills, or
+has its products serialised by the compiler, is left out. Each candidate is timed as tools/bench.py times peers.
 
 usage: tools/sweep_tiles.py [--head-dims 64,128] [--causal full|causal|both] [--seqlens 4096,16384] [--tiles 192x112,128x128]
                             [--schedulers static,dynamic] [--rounds N] [--fa3-library FILE] [--compile-only]
@@ -38,11 +38,11 @@ def candidates(head_dim: int, causal: bool, tiles: list[tuple[int, int]] | None,
     key = DispatchKey("fa3", "fwd", "sm_90a", "bf16", head_dim, causal=causal)
     swizzle = FA3_FWD_TILES[head_dim, causal].swizzle_bytes
     cells = [
-        Fa3FwdCell(key, fa3_fwd_tile(tile_m, tile_n, scheduler, q_stages, swizzle, overlaps_own_pv))
+        Fa3FwdCell(key, fa3_fwd_tile(tile_m, tile_n, scheduler, q_stages, swizzle, own_overlap))
         for tile_m, tile_n in tiles or ((tile_m, tile_n) for tile_m in REGISTER_SPLITS for tile_n in TILE_NS[head_dim])
         for scheduler in schedulers
         for q_stages in (1, 2)
-        for overlaps_own_pv in (False, True)
+        for own_overlap in (False, True)
     ]
     return [
         cell for cell in cells if cell.smem_bytes <= limits_of(cell.arch).smem_bytes and registers(cell) <= cell.consumer_registers - 24
@@ -51,7 +51,7 @@ def candidates(head_dim: int, causal: bool, tiles: list[tuple[int, int]] | None,
 
 def registers(cell: Fa3FwdCell) -> int:
     """Registers of S, P and O in one consumer thread."""
-    return cell.tile_n // 2 + cell.tile_n // 4 * (1 + cell.overlaps_own_pv) + cell.head_dim // 2
+    return cell.tile_n // 2 + cell.tile_n // 4 * (1 + cell.has_own_overlap) + cell.head_dim // 2
 
 
 def useful_share(cell: Fa3FwdCell, seqlen: int) -> float:
@@ -66,7 +66,7 @@ def useful_share(cell: Fa3FwdCell, seqlen: int) -> float:
 
 
 def label(cell: Fa3FwdCell) -> str:
-    return f"{cell.tile_m}x{cell.tile_n} {cell.tile.scheduler} q{cell.q_stages}" + " own" * cell.overlaps_own_pv
+    return f"{cell.tile_m}x{cell.tile_n} {cell.tile.scheduler} q{cell.q_stages}" + " own" * cell.has_own_overlap
 
 
 def launchers(cells: list[Fa3FwdCell], kernels: list[Kernel], head_dim: int, causal: bool, seqlen: int, fa3: Any) -> dict[str, Any]:

@@ -163,13 +163,13 @@ class Fa3FwdCell(Cell):
         return self.tile.scheduler == "dynamic"
 
     @property
-    def overlaps_own_pv(self) -> bool:
-        return self.tile.overlaps_own_pv
+    def has_own_overlap(self) -> bool:
+        return self.tile.own_overlap
 
     @property
-    def waits_for_own_pv(self) -> bool:
+    def has_waiting_steps(self) -> bool:
         """Whether some blocks are taken in that way: masked ones always are, which saves a copy of the code."""
-        return self.is_causal or not self.overlaps_own_pv
+        return self.is_causal or not self.has_own_overlap
 
     # ---- Params ------------------------------------------------------------------------------------------------------------------
 
