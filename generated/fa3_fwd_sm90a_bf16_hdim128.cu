@@ -285,11 +285,10 @@ CUTLASS_FA_DEVICE void attend(Consumer& self, SharedStorage& shared, Params cons
                               SoftmaxRows& rows) {
   uint32_t p[kTileN / 4];  // probabilities of the block whose P V comes next
   float rescale[2];
-  int const first_column = thread_index() % 4 * 2;
-  int const row_end[2] = {key_end(params, query_of(tile, self.row_in_tile)) - first_column,
-                          key_end(params, query_of(tile, self.row_in_tile + 8)) - first_column};
   auto mask_block = [&](float(&acc_s)[kTileN / 2], int block) {
-    int const limit[2] = {row_end[0] - block * kTileN, row_end[1] - block * kTileN};
+    int const first_column = block * kTileN + thread_index() % 4 * 2;
+    int const limit[2] = {key_end(params, query_of(tile, self.row_in_tile)) - first_column,
+                          key_end(params, query_of(tile, self.row_in_tile + 8)) - first_column};
     apply_mask(acc_s, limit);
   };
 
@@ -328,8 +327,8 @@ CUTLASS_FA_DEVICE void attend(Consumer& self, SharedStorage& shared, Params cons
 #pragma unroll 2  // p and next_p change places without a move
   for (; n_block >= 0; --n_block) {  // the new probabilities have registers of their own, so that P V runs during the softmax
     float acc_s[kTileN / 2];
-    start_products(acc_s);
     uint32_t next_p[kTileN / 4];
+    start_products(acc_s);
     bool const moved = online_softmax<Element>(acc_s, rows, next_p, rescale, params.softmax_scale_log2);
     finish_pv();
     if (moved) { rescale_rows(acc_o, rescale); }

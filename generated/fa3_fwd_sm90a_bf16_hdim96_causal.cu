@@ -308,11 +308,10 @@ CUTLASS_FA_DEVICE void attend(Consumer& self, SharedStorage& shared, Params cons
                               SoftmaxRows& rows) {
   uint32_t p[kTileN / 4];  // probabilities of the block whose P V comes next
   float rescale[2];
-  int const first_column = thread_index() % 4 * 2;
-  int const row_end[2] = {key_end(params, query_of(tile, self.row_in_tile)) - first_column,
-                          key_end(params, query_of(tile, self.row_in_tile + 8)) - first_column};
   auto mask_block = [&](float(&acc_s)[kTileN / 2], int block) {
-    int const limit[2] = {row_end[0] - block * kTileN, row_end[1] - block * kTileN};
+    int const first_column = block * kTileN + thread_index() % 4 * 2;
+    int const limit[2] = {key_end(params, query_of(tile, self.row_in_tile)) - first_column,
+                          key_end(params, query_of(tile, self.row_in_tile + 8)) - first_column};
     apply_mask(acc_s, limit);
   };
 
@@ -347,20 +346,16 @@ CUTLASS_FA_DEVICE void attend(Consumer& self, SharedStorage& shared, Params cons
     pin_registers(p);  // until here nobody may have overwritten it
     release_v(self, shared);
   };
-  // The new probabilities take the registers of the old ones, so that P V comes first; other warpgroups' products run during the softmax.
-  auto step = [&](int block, auto masked) {
-    float acc_s[kTileN / 2];
-    start_products(acc_s);
-    finish_pv();
-    if constexpr (decltype(masked)::value) { mask_block(acc_s, block); }
-    if (online_softmax<Element>(acc_s, rows, p, rescale, params.softmax_scale_log2)) { rescale_rows(acc_o, rescale); }
-  };
   --n_block;
   int const unmasked_end = n_block_unmasked_end(params, query_of(tile, self.warpgroup * 64));
 #pragma unroll 1
-  for (; n_block >= unmasked_end; --n_block) { step(n_block, true_type{}); }
-#pragma unroll 1
-  for (; n_block >= 0; --n_block) { step(n_block, false_type{}); }
+  for (; n_block >= 0; --n_block) {  // the new probabilities take the registers of the old ones: P V first, while others do their softmax
+    float acc_s[kTileN / 2];
+    start_products(acc_s);
+    finish_pv();
+    if (n_block >= unmasked_end) { mask_block(acc_s, n_block); }
+    if (online_softmax<Element>(acc_s, rows, p, rescale, params.softmax_scale_log2)) { rescale_rows(acc_o, rescale); }
+  }
   release_q(self, shared);
   shared.v_full[self.v_pipe.stage()].wait(self.v_pipe.parity());
   issue_pv(self, shared, p, acc_o);

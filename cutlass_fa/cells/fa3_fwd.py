@@ -166,11 +166,6 @@ class Fa3FwdCell(Cell):
     def has_own_overlap(self) -> bool:
         return self.tile.own_overlap
 
-    @property
-    def has_waiting_steps(self) -> bool:
-        """Whether some blocks are taken in that way: masked ones always are, which saves a copy of the code."""
-        return self.is_causal or not self.has_own_overlap
-
     # ---- Params ------------------------------------------------------------------------------------------------------------------
 
     @property
