@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -76,11 +77,19 @@ def _compile_kernel(source: Source, runtime: Path, program: Path) -> None:
         unit = Path(scratch) / f"{source.name}.cu"
         unit.write_text(source.text)
         driver = Path(scratch) / "driver.cpp"
-        driver.write_text(f'#include "{unit.name}"\n#include <cutlass_fa_executor/entry.hpp>\nCUTLASS_FA_EXECUTOR_ENTRY({source.entry})\n')
+        entry = f"CUTLASS_FA_EXECUTOR_ENTRY({source.entry}, {_cluster_dims(source)})"
+        driver.write_text(f'#include "{unit.name}"\n#include <cutlass_fa_executor/entry.hpp>\n{entry}\n')
         made = Path(scratch) / "program"
         # The file's own directory is left out of reports: the compiler runs inside it.
         _run([_compiler(), *_KERNEL_FLAGS, *_include_flags(), driver.name, str(runtime), "-no-pie", "-o", made.name], source.name, scratch)
         made.replace(program)
+
+
+def _cluster_dims(source: Source) -> str:
+    """What the entry's __cluster_dims__ says, an expression of the text; "1" where it has none."""
+    code = re.sub(r"//[^\n]*", "", source.text)
+    match = re.search(rf"__cluster_dims__\(([^()]*)\)[^;{{}}]*\b{source.entry}\(", code)
+    return match[1] if match else "1"
 
 
 def _include_flags() -> list[str]:
