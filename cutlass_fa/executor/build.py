@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -105,7 +106,9 @@ def _runtime_object(directory: Path) -> Path:
     if not runtime.exists():
         with tempfile.TemporaryDirectory(dir=directory) as scratch:
             what = "the executor's runtime"
-            _run([_compiler(), *_RUNTIME_FLAGS, *_include_flags(), "-c", *map(str, RUNTIME_SOURCES)], what, scratch)
+            commands = [[_compiler(), *_RUNTIME_FLAGS, *_include_flags(), "-c", str(path)] for path in RUNTIME_SOURCES]
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(lambda command: _run(command, what, scratch), commands))
             objects = [f"{path.stem}.o" for path in RUNTIME_SOURCES]
             made = Path(scratch) / "runtime-of-all.o"
             _run([_compiler(), "-r", "-nostdlib", *objects, "-o", made.name], what, scratch)
