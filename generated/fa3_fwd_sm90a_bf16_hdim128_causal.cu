@@ -348,12 +348,21 @@ CUTLASS_FA_DEVICE void attend(Consumer& self, SharedStorage& shared, Params cons
   };
   --n_block;
   int const unmasked_end = n_block_unmasked_end(params, query_of(tile, self.warpgroup * 64));
+  // The new probabilities take the registers of the old ones: P V comes first, and other warpgroups' products run during the softmax.
+  auto step = [&](int block) {
+    float acc_s[kTileN / 2];
+    start_products(acc_s);
+    finish_pv();
+    if (block >= unmasked_end) { mask_block(acc_s, block); }
+    if (online_softmax<Element>(acc_s, rows, p, rescale, params.softmax_scale_log2)) { rescale_rows(acc_o, rescale); }
+  };
+#pragma unroll 1
+  for (; n_block >= unmasked_end; --n_block) { step(n_block); }
 #pragma unroll 2  // p and next_p change places without a move
   for (; n_block >= 0; --n_block) {  // the new probabilities have registers of their own, so that P V runs during the softmax
     float acc_s[kTileN / 2];
     uint32_t next_p[kTileN / 4];
     start_products(acc_s);
-    if (n_block >= unmasked_end) { mask_block(acc_s, n_block); }
     bool const moved = online_softmax<Element>(acc_s, rows, next_p, rescale, params.softmax_scale_log2);
     finish_pv();
     if (moved) { rescale_rows(acc_o, rescale); }

@@ -2,7 +2,6 @@
 // cell: fa3_fwd_sm90a_bf16_hdim256   tile 128x64, 2 stages, 384 threads, smem 197632 B
 // regenerate: python tools/regenerate_kernels.py fa3_fwd_sm90a_bf16_hdim256
 // SPDX-License-Identifier: BSD-3-Clause
-#include <cutlass_fa/atomic.cuh>
 #include <cutlass_fa/base.cuh>
 #include <cutlass_fa/math.cuh>
 #include <cutlass_fa/mbarrier.cuh>
@@ -10,7 +9,6 @@
 #include <cutlass_fa/registers.cuh>
 #include <cutlass_fa/shared_memory.cuh>
 #include <cutlass_fa/softmax.cuh>
-#include <cutlass_fa/tile_queue.cuh>
 #include <cutlass_fa/tma.cuh>
 #include <cutlass_fa/warp.cuh>
 #include <cutlass_fa/wgmma.cuh>
@@ -45,7 +43,6 @@ constexpr int column_step_bytes(int step, int chunk_bytes) { return step * 16 / 
 struct Params {
   void* o;  // (batch, seqlen_q, num_heads_q, head_dim) in the element type, last dimension contiguous
   float* lse;  // (batch, num_heads_q, seqlen_q) natural logarithm, or null
-  int* tile_counter;  // one number, 0 before and after a launch
   int64_t o_stride_batch;  // elements
   int64_t o_stride_row;  // elements
   int64_t o_stride_head;  // elements
@@ -59,7 +56,7 @@ struct Params {
   float softmax_scale_log2;  // softmax_scale * log2(e)
   int heads_per_kv_head;  // num_heads_q / num_heads_kv
 };
-static_assert(sizeof(Params) == 88, "params.py packs another layout");
+static_assert(sizeof(Params) == 80, "params.py packs another layout");
 
 // One CTA's piece of work: kTileM rows of one head of one sequence.
 struct Tile {
@@ -75,13 +72,8 @@ CUTLASS_FA_DEVICE Tile tile_of(Params const& params, int index) {
   return {index - batch_head * params.num_m_blocks, batch_head - batch * params.num_heads_q, batch};
 }
 
-// A CTA starts with the tile of its own index and takes the others from a counter in global memory, so that no CTA idles while tiles
-// are left. Every tile is followed by one request; the one that makes num_tiles puts the counter back for the next launch.
-CUTLASS_FA_DEVICE int take_tile(Params const& params, int) {
-  int const taken = atomic_add(params.tile_counter, 1);
-  if (taken == params.num_tiles - 1) { *params.tile_counter = 0; }
-  return taken + grid_size();
-}
+// CTAs walk the work list side by side.
+CUTLASS_FA_DEVICE int take_tile(Params const&, int index) { return index + grid_size(); }
 
 struct SharedStorage {
   alignas(1024) char q[kQStages][kChunks * kQChunkBytes];
@@ -90,7 +82,6 @@ struct SharedStorage {
   Mbarrier q_full[kQStages], q_empty[kQStages];  // full: TMA's bytes have landed; empty: every consumer warp has read them
   Mbarrier k_full[kStages], k_empty[kStages];
   Mbarrier v_full[kStages], v_empty[kStages];
-  TileQueue tiles;
 };
 static_assert(sizeof(SharedStorage) == 197632, "cell.py computes another size");
 
@@ -184,7 +175,6 @@ CUTLASS_FA_DEVICE void store_o(Params const& params, Tile const& tile, int row_i
 CUTLASS_FA_DEVICE void produce(SharedStorage& shared, TensorMap const& map_q, TensorMap const& map_k, TensorMap const& map_v, Params const& params) {
   PipelineState<kStages> k_pipe, v_pipe;
   PipelineState<kQStages> q_pipe;
-  PipelineState<1> tile_pipe;
   for (int index = block_index(); index < params.num_tiles;) {
     Tile const tile = tile_of(params, index);
     int const kv_head = kv_head_of(params, tile);
@@ -211,7 +201,6 @@ CUTLASS_FA_DEVICE void produce(SharedStorage& shared, TensorMap const& map_q, Te
     // Taken late, so that the tiles left go to the CTAs that are free first; the answer arrives while the last V waits for its buffer.
     index = take_tile(params, index);
     if (last_block >= 0) { load_v(0); }
-    shared.tiles.put(tile_pipe, index);
   }
 }
 
@@ -223,7 +212,6 @@ struct Consumer {
   bool is_signaller;  // one lane of each warp releases buffers for its warp
   PipelineState<kQStages> q_pipe;
   PipelineState<kStages> k_pipe, v_pipe;
-  PipelineState<1> tile_pipe;
 };
 
 CUTLASS_FA_DEVICE Consumer make_consumer(int warpgroup) {
@@ -336,13 +324,15 @@ CUTLASS_FA_DEVICE void attend(Consumer& self, SharedStorage& shared, Params cons
     release_v(self, shared);
   };
   --n_block;
-#pragma unroll 1
-  for (; n_block >= 0; --n_block) {  // the new probabilities take the registers of the old ones: P V first, while others do their softmax
+  // The new probabilities take the registers of the old ones: P V comes first, and other warpgroups' products run during the softmax.
+  auto step = [&](int block) {
     float acc_s[kTileN / 2];
     start_products(acc_s);
     finish_pv();
     if (online_softmax<Element>(acc_s, rows, p, rescale, params.softmax_scale_log2)) { rescale_rows(acc_o, rescale); }
-  }
+  };
+#pragma unroll 1
+  for (; n_block >= 0; --n_block) { step(n_block); }
   release_q(self, shared);
   shared.v_full[self.v_pipe.stage()].wait(self.v_pipe.parity());
   issue_pv(self, shared, p, acc_o);
@@ -369,7 +359,7 @@ CUTLASS_FA_DEVICE void consume(SharedStorage& shared, Params const& params, int 
         release_q(self, shared);
       }
     }
-    index = shared.tiles.get(self.tile_pipe);  // before the stores, which then overlap with the next tile's loads
+    index = take_tile(params, index);
     store_o(params, tile, self.row_in_tile, acc_o, rows);
   }
 }
@@ -390,7 +380,6 @@ CUTLASS_FA_DEVICE void init_barriers(SharedStorage& shared) {
     shared.k_empty[stage].init(kConsumerWarps);
     shared.v_empty[stage].init(kConsumerWarps);
   }
-  shared.tiles.init(kConsumerWarps);
   fence_mbarrier_init();
 }
 

@@ -336,13 +336,15 @@ CUTLASS_FA_DEVICE void attend(Consumer& self, SharedStorage& shared, Params cons
     release_v(self, shared);
   };
   --n_block;
-#pragma unroll 1
-  for (; n_block >= 0; --n_block) {  // the new probabilities take the registers of the old ones: P V first, while others do their softmax
+  // The new probabilities take the registers of the old ones: P V comes first, and other warpgroups' products run during the softmax.
+  auto step = [&](int block) {
     float acc_s[kTileN / 2];
     start_products(acc_s);
     finish_pv();
     if (online_softmax<Element>(acc_s, rows, p, rescale, params.softmax_scale_log2)) { rescale_rows(acc_o, rescale); }
-  }
+  };
+#pragma unroll 1
+  for (; n_block >= 0; --n_block) { step(n_block); }
   release_q(self, shared);
   shared.v_full[self.v_pipe.stage()].wait(self.v_pipe.parity());
   issue_pv(self, shared, p, acc_o);
