@@ -176,7 +176,8 @@ class DispatchTable:
 
 # What has a template: (family, direction) -> the presence flags that it knows.
 BUILT_FLAGS: dict[tuple[str, str], tuple[str, ...]] = {
-    ("fa3", "fwd"): ("causal",),
+    ("fa2", "fwd"): ("causal", "softcap", "dropout"),
+    ("fa3", "fwd"): ("causal", "softcap"),
 }
 
 
@@ -222,23 +223,41 @@ def _unbuilt_reasons(key: DispatchKey) -> list[str]:
     return [reason for refused, reason in checks if refused]
 
 
-def _fa3_fwd(dtype: str, head_dim: int, causal: bool, gqa_ratio: int = 1) -> DispatchKey:
-    return DispatchKey("fa3", "fwd", "sm_90a", dtype, head_dim, causal=causal, gqa_ratio=gqa_ratio)
+def _fa3_fwd(dtype: str, head_dim: int, **features: Any) -> DispatchKey:
+    return DispatchKey("fa3", "fwd", "sm_90a", dtype, head_dim, **features)
 
 
-# The golden cells: one base cell per (family, direction) and one per flip; never the cross product.
+def _fa2_fwd(arch: str, dtype: str, head_dim: int, **features: Any) -> DispatchKey:
+    return DispatchKey("fa2", "fwd", arch, dtype, head_dim, **features)
+
+
+# The golden cells: one base cell per (family, direction) and architecture and one per flip; never the cross product.
 DISPATCH_TABLE = DispatchTable(
     (
-        _fa3_fwd("bf16", 128, causal=False),
+        _fa3_fwd("bf16", 128),
         _fa3_fwd("bf16", 128, causal=True),
         _fa3_fwd("f16", 128, causal=True),
         _fa3_fwd("bf16", 128, causal=True, gqa_ratio=4),
-        _fa3_fwd("bf16", 64, causal=False),
+        _fa3_fwd("bf16", 128, causal=True, softcap=True),
+        _fa3_fwd("bf16", 64),
         _fa3_fwd("bf16", 64, causal=True),
-        _fa3_fwd("bf16", 80, causal=False),
+        _fa3_fwd("bf16", 80),
         _fa3_fwd("bf16", 96, causal=True),
-        _fa3_fwd("bf16", 192, causal=False),
-        _fa3_fwd("bf16", 256, causal=False),
+        _fa3_fwd("bf16", 192),
+        _fa3_fwd("bf16", 256),
         _fa3_fwd("bf16", 256, causal=True),
+        _fa2_fwd("sm_80", "bf16", 128),
+        _fa2_fwd("sm_80", "bf16", 128, causal=True),
+        _fa2_fwd("sm_80", "f16", 128, causal=True),
+        _fa2_fwd("sm_80", "bf16", 128, softcap=True),
+        _fa2_fwd("sm_80", "bf16", 128, causal=True, dropout=True),
+        _fa2_fwd("sm_80", "bf16", 64, causal=True),
+        _fa2_fwd("sm_80", "bf16", 96),
+        _fa2_fwd("sm_86", "bf16", 256, causal=True),
+        _fa2_fwd("sm_89", "bf16", 128, causal=True),
+        _fa2_fwd("sm_90a", "bf16", 128, causal=True),
+        _fa2_fwd("sm_90a", "bf16", 256),
+        _fa2_fwd("sm_100", "bf16", 128, causal=True),
+        _fa2_fwd("sm_120", "bf16", 128, causal=True),
     )
 )

@@ -4,6 +4,7 @@ has changed (addresses, host addresses of tensor maps, a random state) and calls
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import lru_cache, partial
 from typing import Any, Protocol
@@ -17,7 +18,7 @@ from .errors import InvalidArgument, LaunchError
 from .kernels import Kernel
 from .params import params_dtype
 from .problem import Problem
-from .requests import PersistentMode
+from .requests import AttentionRequest, PersistentMode
 
 MAX_TILES = 2**31 - 1
 
@@ -63,6 +64,13 @@ def pack(cell: Cell, values: Mapping[str, Any]) -> np.ndarray:
         if not field.is_address:
             packed[field.name] = values[field.name]
     return packed
+
+
+def softmax_scales(request: AttentionRequest) -> dict[str, float]:
+    """What turns products q k^T into exponents of 2. With a softcap: the tanh's argument, and the factor of its result."""
+    if request.softcap > 0:
+        return {"softcap_prescale": request.scale / request.softcap, "softmax_scale_log2": request.softcap * math.log2(math.e)}
+    return {"softmax_scale_log2": request.scale * math.log2(math.e)}
 
 
 def tile_count(num_m_blocks: int, heads: int, batch: int) -> int:

@@ -40,12 +40,16 @@ class ParamField:
         return np.dtype(self.numpy_type).itemsize
 
 
-FA3_FWD_FIELDS: tuple[ParamField, ...] = (
+_OUTPUTS = (
     ParamField("o", "void*", "(batch, seqlen_q, num_heads_q, head_dim) in the element type, last dimension contiguous"),
     ParamField("lse", "float*", "(batch, num_heads_q, seqlen_q) natural logarithm, or null"),
-    ParamField("o_stride_batch", "int64_t", "elements"),
-    ParamField("o_stride_row", "int64_t", "elements"),
-    ParamField("o_stride_head", "int64_t", "elements"),
+)
+_INPUTS = (
+    ParamField("q", "void*", "(batch, seqlen_q, num_heads_q, head_dim), last dimension contiguous, as of k and v"),
+    ParamField("k", "void*", "(batch, seqlen_k, num_heads_kv, head_dim)"),
+    ParamField("v", "void*", "(batch, seqlen_k, num_heads_kv, head_dim)"),
+)
+_FORWARD_SIZES = (
     ParamField("batch", "int", "sequences"),
     ParamField("seqlen_q", "int", "query rows of each sequence"),
     ParamField("seqlen_k", "int", "keys of each sequence"),
@@ -53,7 +57,11 @@ FA3_FWD_FIELDS: tuple[ParamField, ...] = (
     ParamField("head_dim", "int", "columns of q, k, v and o that exist, at most kHeadDim"),
     ParamField("num_m_blocks", "int", "ceil(seqlen_q / kQueriesPerTile)"),
     ParamField("num_tiles", "int", "num_m_blocks * heads of the work list * batch"),
-    ParamField("softmax_scale_log2", "float", "softmax_scale * log2(e)"),
+)
+_SCALE = ParamField("softmax_scale_log2", "float", "softmax_scale * log2(e)")
+_CAPPED_SCALE = (
+    ParamField("softmax_scale_log2", "float", "softcap * log2(e)"),
+    ParamField("softcap_prescale", "float", "softmax_scale / softcap"),
 )
 _TILE_COUNTER = ParamField("tile_counter", "int*", "one number, 0 before and after a launch")
 _HEADS_PER_KV_HEAD = ParamField("heads_per_kv_head", "int", "num_heads_q / num_heads_kv")
@@ -70,11 +78,25 @@ DROPOUT_RATE = (
 )
 
 
-def fa3_fwd_params(causal: bool, packed: bool, dynamic_scheduler: bool) -> tuple[ParamField, ...]:
+def strides(array: str) -> tuple[ParamField, ...]:
+    """The strides of one (batch, seqlen, heads, head_dim) array."""
+    return tuple(ParamField(f"{array}_stride_{axis}", "int64_t", "elements") for axis in ("batch", "row", "head"))
+
+
+def fa3_fwd_params(causal: bool, packed: bool, dynamic_scheduler: bool, softcap: bool = False) -> tuple[ParamField, ...]:
     """The fields of an fa3 forward cell, widest first so that no compiler pads between them."""
-    addresses, others = FA3_FWD_FIELDS[:2], FA3_FWD_FIELDS[2:]
     heads = _NUM_HEADS_KV if packed else _HEADS_PER_KV_HEAD
-    return addresses + (_TILE_COUNTER,) * dynamic_scheduler + (*others, heads) + (_HEADS_PER_SECTION,) * causal
+    scale = _CAPPED_SCALE if softcap else (_SCALE,)
+    others = (*_FORWARD_SIZES, *scale, heads) + (_HEADS_PER_SECTION,) * causal
+    return (*_OUTPUTS, *(_TILE_COUNTER,) * dynamic_scheduler, *strides("o"), *others)
+
+
+def fa2_fwd_params(causal: bool, softcap: bool, dropout: bool) -> tuple[ParamField, ...]:
+    """The fields of an fa2 forward cell: what a run writes, then the other wide ones, then the narrow ones."""
+    wide = (*_INPUTS, *_OUTPUTS) + DROPOUT_STATE * dropout + (*strides("q"), *strides("k"), *strides("v"), *strides("o"))
+    scale = _CAPPED_SCALE if softcap else (_SCALE,)
+    sizes = tuple(field for field in _FORWARD_SIZES if field.name != "num_tiles")
+    return (*wide, *sizes, *scale, _HEADS_PER_KV_HEAD) + (_HEADS_PER_SECTION,) * causal + DROPOUT_RATE * dropout
 
 
 def params_dtype(fields: tuple[ParamField, ...]) -> np.dtype:

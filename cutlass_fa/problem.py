@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from .arrays import ArraySpec
 from .errors import InvalidArgument, UnsupportedDtype
-from .requests import DTYPES_16BIT, Fa3FwdRequest, FwdRequest, MaskKind, PersistentMode, PositionBias
+from .requests import DTYPES_16BIT, FwdRequest, MaskKind, PersistentMode, PositionBias, forward_request
 
 ALIGNMENT_BYTES = 16  # of every address and stride: the granularity of TMA and of the kernels' stores
 _ELEMENT_BYTES = 2
@@ -41,18 +41,22 @@ class Problem:
         softcap: float = 0.0,
         dropout_p: float = 0.0,
         persistent: PersistentMode | None = None,
+        family: str | None = None,
     ) -> Problem:
         """Check the arrays of a forward call and describe it. out None: a fresh contiguous (batch, seqlen_q, num_heads_q, head_dim).
+        family None: the one that serves the call.
 
         Raises InvalidArgument (rank, shape, stride, device, a mix of dtypes; names the argument), UnsupportedDtype, and everything
-        that Fa3FwdRequest raises (EmptyBatch, ZeroSeqlen, InvalidGqaRatio, UnsupportedHeadDim ...).
+        that the request raises (EmptyBatch, ZeroSeqlen, InvalidGqaRatio, UnsupportedHeadDim ...).
         """
         for name, spec in (("q", q), ("k", k), ("v", v)):
             check_rank(name, spec)
         check_same_dtype(q, k, v)
         check_shapes(q, k, v)
         batch, seqlen_q, num_heads_q, head_dim = q.shape
-        request = Fa3FwdRequest(
+        request = forward_request(
+            family,
+            persistent,
             batch=batch,
             seqlen_q=seqlen_q,
             seqlen_k=k.shape[1],
@@ -67,7 +71,6 @@ class Problem:
             softcap=softcap,
             dropout_p=dropout_p,
             arch=arch,
-            persistent=persistent,
         )
         if out is None:
             out = ArraySpec(q.shape, contiguous_strides(q.shape), q.dtype, q.device)

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from .arch.limits import arch_problem
 from .arch.sm90 import FA3_FWD_TILES
-from .dispatch import FP8_DTYPES, MAX_GQA_RATIO, DispatchKey, cell_head_dim
+from .dispatch import FAMILIES, FP8_DTYPES, MAX_GQA_RATIO, DispatchKey, cell_head_dim, family_of
 from .errors import (
     EmptyBatch,
     Fa3RequiresHopper,
@@ -225,7 +225,33 @@ class Fa3FwdRequest(AttentionRequest):
         return replace(key, gqa_ratio=packed_gqa_ratio(self.seqlen_q, self.num_heads_q // self.num_heads_kv, tile_m))
 
 
-FwdRequest: TypeAlias = Fa3FwdRequest
+@dataclass(frozen=True, kw_only=True)
+class Fa2FwdRequest(AttentionRequest):
+    """A 16-bit forward by the family of sm_80's instructions (mma.sync, ldmatrix, cp.async), which every GPU from sm_80 on runs."""
+
+    def dispatch_key(self) -> DispatchKey:
+        """The cell this request needs; whether it exists is DISPATCH_TABLE's to say."""
+        return self._key("fa2", "fwd")
+
+
+FwdRequest: TypeAlias = Fa2FwdRequest | Fa3FwdRequest
+
+
+def forward_request(family: str | None, persistent: PersistentMode | None, **arguments: Any) -> FwdRequest:
+    """The request of `family`, or of the one that serves the call (`family_of`). arguments: of AttentionRequest.
+
+    Raises InvalidArgument for another family, or for persistent CTAs of the fa2 family, whose CTAs have one tile each.
+    """
+    if family is None:
+        family = family_of(arguments["arch"], "fwd", dropout=arguments["dropout_p"] > 0)
+    if family == "fa3":
+        return Fa3FwdRequest(persistent=persistent, **arguments)
+    if family != "fa2":
+        raise InvalidArgument(f"family={family!r}: accepted are {', '.join(FAMILIES)}, and None for the one that serves the call")
+    if persistent is not None and persistent.persistent:
+        raise InvalidArgument(f"persistent={persistent}: a forward of family fa2 runs one CTA for each tile; use Grid() or None")
+    return Fa2FwdRequest(**arguments)
+
 
 PACKING_GAIN = 0.9  # heads are packed when whole tiles of single heads would use less than this share of what packed tiles use
 

@@ -274,19 +274,11 @@ CUTLASS_FA_DEVICE void issue_pv(Consumer const& self, SharedStorage& shared, uin
   wgmma_commit();
 }
 
-CUTLASS_FA_DEVICE void release_k(Consumer& self, SharedStorage& shared) {
-  if (self.is_signaller) { shared.k_empty[self.k_pipe.stage()].arrive(); }
-  self.k_pipe.advance();
-}
-
-CUTLASS_FA_DEVICE void release_v(Consumer& self, SharedStorage& shared) {
-  if (self.is_signaller) { shared.v_empty[self.v_pipe.stage()].arrive(); }
-  self.v_pipe.advance();
-}
-
-CUTLASS_FA_DEVICE void release_q(Consumer& self, SharedStorage& shared) {
-  if (self.is_signaller) { shared.q_empty[self.q_pipe.stage()].arrive(); }
-  self.q_pipe.advance();
+// This warp has read the stage that `pipe` stands at.
+template <int kRing>
+CUTLASS_FA_DEVICE void release(Consumer const& self, Mbarrier (&empty)[kRing], PipelineState<kRing>& pipe) {
+  if (self.is_signaller) { empty[pipe.stage()].arrive(); }
+  pipe.advance();
 }
 
 // A key block that the tile needs and this warpgroup's rows do not: its buffers pass by, and so does the turn. No product brings the
@@ -296,10 +288,10 @@ CUTLASS_FA_DEVICE void skip_block(Consumer& self, SharedStorage& shared) {
   pass_turn(self.warpgroup);
   shared.k_full[self.k_pipe.stage()].wait(self.k_pipe.parity());
   warp_sync();
-  release_k(self, shared);
+  release(self, shared.k_empty, self.k_pipe);
   shared.v_full[self.v_pipe.stage()].wait(self.v_pipe.parity());
   warp_sync();
-  release_v(self, shared);
+  release(self, shared.v_empty, self.v_pipe);
 }
 
 // 64 rows of queries against every key block they see, from the last to the first: the blocks that need a mask come first. The product
@@ -323,7 +315,7 @@ CUTLASS_FA_DEVICE void attend(Consumer& self, SharedStorage& shared, Params cons
     pass_turn(self.warpgroup);
     wgmma_wait<0>();
     pin_registers(acc_s);
-    release_k(self, shared);
+    release(self, shared.k_empty, self.k_pipe);
     mask_block(acc_s, n_block);
     softmax_from_maximum<Element>(acc_s, rows, p, rescale, params.softmax_scale_log2);
   }
@@ -338,13 +330,13 @@ CUTLASS_FA_DEVICE void attend(Consumer& self, SharedStorage& shared, Params cons
     pass_turn(self.warpgroup);
     wgmma_wait<1>();
     pin_registers(acc_s);
-    release_k(self, shared);
+    release(self, shared.k_empty, self.k_pipe);
   };
   auto finish_pv = [&] {
     wgmma_wait<0>();
     pin_registers(acc_o);
     pin_registers(p);  // until here nobody may have overwritten it
-    release_v(self, shared);
+    release(self, shared.v_empty, self.v_pipe);
   };
   --n_block;
   int const unmasked_end = n_block_unmasked_end(params, query_of(tile, self.warpgroup * 64));
@@ -368,12 +360,12 @@ CUTLASS_FA_DEVICE void attend(Consumer& self, SharedStorage& shared, Params cons
     if (moved) { rescale_rows(acc_o, rescale); }
     take_operand(p, next_p);
   }
-  release_q(self, shared);
+  release(self, shared.q_empty, self.q_pipe);
   shared.v_full[self.v_pipe.stage()].wait(self.v_pipe.parity());
   issue_pv(self, shared, p, acc_o);
   wgmma_wait<0>();
   pin_registers(acc_o);
-  release_v(self, shared);
+  release(self, shared.v_empty, self.v_pipe);
 }
 
 CUTLASS_FA_DEVICE void consume(SharedStorage& shared, Params const& params, int warpgroup) {
@@ -391,7 +383,7 @@ CUTLASS_FA_DEVICE void consume(SharedStorage& shared, Params const& params, int 
       if (n_block >= 0) {
         attend(self, shared, params, tile, n_block, acc_o, rows);
       } else {
-        release_q(self, shared);
+        release(self, shared.q_empty, self.q_pipe);
       }
     }
     index = shared.tiles.get(self.tile_pipe);  // before the stores, which then overlap with the next tile's loads

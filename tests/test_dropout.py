@@ -72,7 +72,9 @@ extern "C" __global__ void keep(const __grid_constant__ Params params) {
   int const row = params.row + lane / 4, column = params.column + lane %% 4 * 2;
   float acc[kTileN / 2];
   for (int i = 0; i < kTileN / 2; ++i) { acc[i] = 1.0f; }
-  drop_block(params, params.batch_head, row, column, acc);
+  for (int block = 0; block < kTileN / 16; ++block) {
+    drop_block(params, params.batch_head, row, column + 16 * block, *reinterpret_cast<float(*)[8]>(acc + 8 * block));
+  }
   for (int i = 0; i < kTileN / 2; ++i) { params.kept[lane * (kTileN / 2) + i] = acc[i] != 0.0f; }
 }
 """

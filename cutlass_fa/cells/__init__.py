@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from ..cell import Cell
+from .fa2_fwd import Fa2FwdCell
 from .fa3_fwd import Fa3FwdCell
 
 CELL_CLASSES: dict[tuple[str, str], type[Cell]] = {
+    ("fa2", "fwd"): Fa2FwdCell,
     ("fa3", "fwd"): Fa3FwdCell,
 }

@@ -175,4 +175,4 @@ class Fa3FwdCell(Cell):
 
     @property
     def params(self) -> tuple[ParamField, ...]:
-        return fa3_fwd_params(self.is_causal, self.is_packed, self.has_dynamic_scheduler)
+        return fa3_fwd_params(self.is_causal, self.is_packed, self.has_dynamic_scheduler, self.has_softcap)

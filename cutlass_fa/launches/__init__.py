@@ -7,9 +7,10 @@ from collections.abc import Callable
 from ..kernels import Kernel
 from ..launch import ForwardPlan
 from ..problem import Problem
+from .fa2_fwd import Fa2FwdPlan
 from .fa3_fwd import Fa3FwdPlan
 
-_FORWARD_PLANS: dict[str, Callable[[Problem, Kernel], ForwardPlan]] = {"fa3": Fa3FwdPlan}
+_FORWARD_PLANS: dict[str, Callable[[Problem, Kernel], ForwardPlan]] = {"fa2": Fa2FwdPlan, "fa3": Fa3FwdPlan}
 
 
 def forward_plan(problem: Problem, kernel: Kernel) -> ForwardPlan:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 
 import numpy as np
@@ -10,7 +9,7 @@ import numpy as np
 from ..cells.fa3_fwd import Fa3FwdCell
 from ..device import DeviceInfo, device_info
 from ..kernels import Kernel
-from ..launch import KernelLaunch, grid_size, heads_per_section, pack, tile_count
+from ..launch import KernelLaunch, grid_size, heads_per_section, pack, softmax_scales, tile_count
 from ..problem import Problem
 from ..requests import Fa3FwdRequest, Persistent
 from ..tile_counters import tile_counters
@@ -80,7 +79,7 @@ def pack_params(problem: Problem, cell: Fa3FwdCell, device: DeviceInfo) -> np.nd
             "head_dim": request.head_dim,
             "num_m_blocks": num_m_blocks,
             "num_tiles": tile_count(num_m_blocks, work_heads, request.batch),
-            "softmax_scale_log2": request.scale * math.log2(math.e),
+            **softmax_scales(request),
             "heads_per_section": heads_per_section(problem.k, work_heads, device),
         },
     )

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Special functions with the accuracy of the hardware's units: results moved about within the documented error.
-// PTX ISA: ex2.approx.ftz.f32 (2 ulp), lg2.approx.ftz.f32 (2^-22 absolute near 1, 2 ulp elsewhere), cvt.rn.
+// PTX ISA: ex2.approx.ftz.f32 (2 ulp), lg2.approx.ftz.f32 (2^-22 absolute near 1, 2 ulp elsewhere), rcp.approx.ftz.f32 (1 ulp), cvt.rn.
 #include <cmath>
 #include <cstring>
 
@@ -43,6 +43,11 @@ float log2_approx(float x) {
   x = flushed(x);
   if (x == 0.0f) { return -INFINITY; }
   return moved(std::log2(x), x);
+}
+
+float reciprocal_approx(float x) {
+  x = flushed(x);
+  return flushed(moved(1.0f / x, x));
 }
 
 std::uint32_t bfloat16_bits(float x) {

@@ -14,6 +14,10 @@ CUTLASS_FA_DEVICE float exp2_approx(float x) { return executor::exp2_approx(x); 
 
 CUTLASS_FA_DEVICE float log2_approx(float x) { return executor::log2_approx(x); }
 
+CUTLASS_FA_DEVICE float reciprocal_approx(float x) { return executor::reciprocal_approx(x); }
+
+CUTLASS_FA_DEVICE float tanh_approx(float x) { return 1.0f - 2.0f * reciprocal_approx(1.0f + exp2_approx(x * 2.8853900817779268f)); }
+
 template <class Element>
 CUTLASS_FA_DEVICE uint32_t pack2(float low, float high) {
   static_assert(is_same<Element, bfloat16> || is_same<Element, float16>, "pack2 makes bf16 or f16 pairs");
