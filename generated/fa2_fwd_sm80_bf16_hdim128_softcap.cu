@@ -207,9 +207,9 @@ template <bool kAllRows>
 CUTLASS_FA_DEVICE void load_kv(KvSource& source, SharedStorage& shared, Params const& params, Copier const& copier, int n_block) {
   int64_t const row = n_block * kTileN + copier.row;
   int const keys = params.seqlen_k - n_block * kTileN;
-  load_tile<kTileN, kAllRows>(shared.k[source.pipe.stage], copier, source.k + row * params.k_stride_row + copier.column, params.k_stride_row, keys,
+  load_tile<kTileN, kAllRows>(shared.k[source.pipe.stage()], copier, source.k + row * params.k_stride_row + copier.column, params.k_stride_row, keys,
                               params.head_dim);
-  load_tile<kTileN, kAllRows>(shared.v[source.pipe.stage], copier, source.v + row * params.v_stride_row + copier.column, params.v_stride_row, keys,
+  load_tile<kTileN, kAllRows>(shared.v[source.pipe.stage()], copier, source.v + row * params.v_stride_row + copier.column, params.v_stride_row, keys,
                               params.head_dim);
   source.pipe.advance();
 }
@@ -352,7 +352,7 @@ CUTLASS_FA_DEVICE void attend(SharedStorage& shared, Params const& params, Tile 
   int const first_row = warp_row + thread_index() % kWarpSize / 4, first_column = thread_index() % 4 * 2;
   auto step = [&](int n_block, auto masked) {
     float acc_s[kRowBlocks][kTileN / 2];
-    multiply_qk(query, shared.k[pipe.stage], lane, acc_s);
+    multiply_qk(query, shared.k[pipe.stage()], lane, acc_s);
     bool outgrown = false;
 #pragma unroll
     for (int m = 0; m < kRowBlocks; ++m) {
@@ -368,7 +368,7 @@ CUTLASS_FA_DEVICE void attend(SharedStorage& shared, Params const& params, Tile 
 #pragma unroll
       for (int m = 0; m < kRowBlocks; ++m) { move_origins(acc_s[m], rows[m], acc_o[m], params.softmax_scale_log2); }
     }
-    multiply_pv(acc_s, shared.v[pipe.stage], lane, acc_o, [&](int m, int step) {
+    multiply_pv(acc_s, shared.v[pipe.stage()], lane, acc_o, [&](int m, int step) {
       float(&scores)[8] = keys_of_step(acc_s[m], step);
       exponentiate(scores, rows[m], params.softmax_scale_log2);
     });
