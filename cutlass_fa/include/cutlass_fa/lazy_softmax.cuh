@@ -72,6 +72,15 @@ CUTLASS_FA_DEVICE void exponentiate(float (&scores)[8], LazyRows& rows, float sc
   }
 }
 
+// Probabilities as the A operand of the next product. The accumulator's register order is the operand's order.
+template <class Element, int kSize>
+CUTLASS_FA_DEVICE void convert_to_operand(float const (&acc_s)[kSize], uint32_t (&p)[kSize / 2]) {
+#pragma unroll
+  for (int i = 0; i < kSize / 2; ++i) {
+    p[i] = pack2<Element>(acc_s[2 * i], acc_s[2 * i + 1]);
+  }
+}
+
 // The same rows in softmax.cuh's terms.
 CUTLASS_FA_DEVICE SoftmaxRows softmax_rows(LazyRows const& rows) { return {{rows.origin[0], rows.origin[1]}, {rows.sum[0], rows.sum[1]}}; }
 
