@@ -93,7 +93,8 @@ class TorchArrays:
     def signature(self, x: Any) -> tuple[Any, ...]:
         if x.requires_grad and self._is_grad_enabled():
             raise InvalidArgument(
-                "a tensor requires a gradient, and there is no backward yet: call under torch.no_grad(), or pass x.detach()"
+                "a tensor requires a gradient, which would be lost: call under torch.no_grad(), or pass x.detach(); "
+                "flash_attn_backward computes gradients"
             )
         return x.shape, x.stride(), x.dtype, x.get_device()
 

@@ -34,6 +34,7 @@ FLAG_WORDS = (
     ("softcap", "softcap"),
     ("dropout", "dropout"),
     ("deterministic", "deterministic"),
+    ("split", "split"),
 )
 
 
@@ -46,7 +47,8 @@ class DispatchKey:
     arch: NVRTC's name of the target, e.g. "sm_90a"; any from sm_80 on.
     dtype: element type of q and k: "f16", "bf16", "e4m3" or "e5m2".
     head_dim: the cell's head_dim, one of 64, 80, 96, 128, 192, 256 (`cell_head_dim` rounds up).
-    causal, varlen, sliding_window, alibi, sink, paged, softcap, dropout, deterministic: presence flags; the last is the backward's.
+    causal, varlen, sliding_window, alibi, sink, paged, softcap, dropout, deterministic, split: presence flags. The last two are the
+        backward's: dq is summed in a fixed order; dk and dv are sums of parts that several CTAs make.
     gqa_ratio: query heads packed into a tile's rows; 1 where heads are not packed (the ratio is then a runtime number).
     v_dtype: element type of v; "" (the default) means that of q and k.
     """
@@ -65,6 +67,7 @@ class DispatchKey:
     softcap: bool = False
     dropout: bool = False
     deterministic: bool = False
+    split: bool = False
     gqa_ratio: int = 1
     v_dtype: str = ""
 
@@ -178,6 +181,9 @@ class DispatchTable:
 BUILT_FLAGS: dict[tuple[str, str], tuple[str, ...]] = {
     ("fa2", "fwd"): ("causal", "softcap", "dropout"),
     ("fa3", "fwd"): ("causal", "softcap"),
+    ("fa2", "bwd"): ("causal", "softcap", "dropout", "deterministic", "split"),
+    ("fa2", "bwd_preprocess"): (),
+    ("fa2", "bwd_convert"): ("split",),
 }
 
 
@@ -200,6 +206,7 @@ def _semantic_reasons(key: DispatchKey) -> list[str]:
         (key.sink and not (key.causal or key.sliding_window), "sink tokens need a causal mask or a sliding window"),
         (key.paged and backward, "a paged cache has no backward"),
         (key.deterministic and not backward, "deterministic is a choice of the backward; every forward is"),
+        (key.split and not backward, "split is the backward's: parts of dk and dv"),
     )
     return [reason for refused, reason in checks if refused]
 

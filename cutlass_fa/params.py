@@ -58,8 +58,8 @@ _FORWARD_SIZES = (
     ParamField("num_m_blocks", "int", "ceil(seqlen_q / kQueriesPerTile)"),
     ParamField("num_tiles", "int", "num_m_blocks * heads of the work list * batch"),
 )
-_SCALE = ParamField("softmax_scale_log2", "float", "softmax_scale * log2(e)")
-_CAPPED_SCALE = (
+SCALE = ParamField("softmax_scale_log2", "float", "softmax_scale * log2(e)")
+CAPPED_SCALE = (
     ParamField("softmax_scale_log2", "float", "softcap * log2(e)"),
     ParamField("softcap_prescale", "float", "softmax_scale / softcap"),
 )
@@ -86,7 +86,7 @@ def strides(array: str) -> tuple[ParamField, ...]:
 def fa3_fwd_params(causal: bool, packed: bool, dynamic_scheduler: bool, softcap: bool = False) -> tuple[ParamField, ...]:
     """The fields of an fa3 forward cell, widest first so that no compiler pads between them."""
     heads = _NUM_HEADS_KV if packed else _HEADS_PER_KV_HEAD
-    scale = _CAPPED_SCALE if softcap else (_SCALE,)
+    scale = CAPPED_SCALE if softcap else (SCALE,)
     others = (*_FORWARD_SIZES, *scale, heads) + (_HEADS_PER_SECTION,) * causal
     return (*_OUTPUTS, *(_TILE_COUNTER,) * dynamic_scheduler, *strides("o"), *others)
 
@@ -94,7 +94,7 @@ def fa3_fwd_params(causal: bool, packed: bool, dynamic_scheduler: bool, softcap:
 def fa2_fwd_params(causal: bool, softcap: bool, dropout: bool) -> tuple[ParamField, ...]:
     """The fields of an fa2 forward cell: what a run writes, then the other wide ones, then the narrow ones."""
     wide = (*_INPUTS, *_OUTPUTS) + DROPOUT_STATE * dropout + (*strides("q"), *strides("k"), *strides("v"), *strides("o"))
-    scale = _CAPPED_SCALE if softcap else (_SCALE,)
+    scale = CAPPED_SCALE if softcap else (SCALE,)
     sizes = tuple(field for field in _FORWARD_SIZES if field.name != "num_tiles")
     return (*wide, *sizes, *scale, _HEADS_PER_KV_HEAD) + (_HEADS_PER_SECTION,) * causal + DROPOUT_RATE * dropout
 

@@ -119,13 +119,14 @@ def check_shapes(q: ArraySpec, k: ArraySpec, v: ArraySpec) -> None:
         raise InvalidArgument(f"k has head_dim {k.shape[3]} and q has {q.shape[3]}: they must be equal")
 
 
-def check_out(out: ArraySpec, q: ArraySpec, name: str = "out", like: str = "q") -> None:
-    """Raises InvalidArgument unless `out` can take a result of the shape and dtype of q. name, like: what the two are called."""
+def check_out(out: ArraySpec, q: ArraySpec, name: str = "out", like: str = "q", allow_broadcast: bool = False) -> None:
+    """Raises InvalidArgument unless `out` can take a result of the shape and dtype of q. name, like: what the two are called.
+    allow_broadcast: it is only read, so a stride may be 0."""
     if out.shape != q.shape:
         raise InvalidArgument(f"{name} has shape {out.shape}: expected {q.shape}, the shape of {like}")
     if out.dtype != q.dtype:
         raise InvalidArgument(f"{name} has dtype {out.dtype}: expected {q.dtype}, the dtype of {like}")
-    if any(stride == 0 and extent > 1 for stride, extent in zip(out.strides, out.shape, strict=True)):
+    if not allow_broadcast and any(stride == 0 and extent > 1 for stride, extent in zip(out.strides, out.shape, strict=True)):
         raise InvalidArgument(f"{name} has strides {out.strides}: a stride of 0 would have several results written to one place")
 
 

@@ -6,15 +6,17 @@ Requests and Problem are the only places that raise on user input.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeAlias
 
-from .arch.limits import arch_problem
+from .arch.fa2_bwd import fa2_bwd_tile
+from .arch.limits import arch_problem, limits_of
 from .arch.sm90 import FA3_FWD_TILES
 from .dispatch import FAMILIES, FP8_DTYPES, MAX_GQA_RATIO, DispatchKey, cell_head_dim, family_of
 from .errors import (
     EmptyBatch,
     Fa3RequiresHopper,
+    Fp8BackwardUnsupported,
     Fp8MustUseFp8Request,
     InvalidArgument,
     InvalidGqaRatio,
@@ -186,16 +188,21 @@ class AttentionRequest:
         """softmax_scale with its default filled in."""
         return self.softmax_scale if self.softmax_scale is not None else 1.0 / math.sqrt(self.head_dim)
 
-    def _key(self, family: str, direction: str) -> DispatchKey:
-        """The key of this request, heads not packed."""
+    @property
+    def _head_dim(self) -> int:
+        """The cell's."""
         head_dim = cell_head_dim(self.head_dim)
         assert head_dim is not None  # checked when the request was made
+        return head_dim
+
+    def _key(self, family: str, direction: str) -> DispatchKey:
+        """The key of this request, heads not packed."""
         return DispatchKey(
             family,
             direction,
             self.arch,
             self.dtype,
-            head_dim,
+            self._head_dim,
             causal=self.mask.causal,
             sliding_window=self.mask.is_sliding,
             alibi=self.position_bias.alibi,
@@ -234,7 +241,81 @@ class Fa2FwdRequest(AttentionRequest):
         return self._key("fa2", "fwd")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Fa2BwdRequest(AttentionRequest):
+    """A 16-bit backward: dq, dk, dv of dout, by sm_80's instructions on every GPU.
+
+    deterministic: dq is summed in a fixed order, so that equal calls give equal bits; dk and dv always are. recompute: the call makes out
+    and lse itself, so that nothing but q, k, v and dout need be kept for it. num_sms: multiprocessors of the GPU; default: those of the
+    largest product of the architecture. num_splits: CTAs that share the queries of a block of keys; num_copies: accumulators of dq, more
+    than one only where deterministic; default: as keeps the multiprocessors busy.
+    """
+
+    deterministic: bool = False
+    recompute: bool = False
+    num_sms: int | None = None
+    num_splits: int | None = None
+    num_copies: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype in FP8_DTYPES:
+            raise Fp8BackwardUnsupported(f"dtype={self.dtype}: gradients do not fit fp8; convert q, k, v, out and dout to bfloat16 or float16")
+        super().__post_init__()
+        for name in ("num_sms", "num_splits", "num_copies"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidArgument(f"{name}={value}: must be positive")
+        if (self.num_copies or 1) > 1 and not self.deterministic:
+            raise InvalidArgument(f"num_copies={self.num_copies}: only a deterministic backward has copies of dq")
+
+    def dispatch_key(self) -> DispatchKey:
+        """The main kernel; whether it exists is DISPATCH_TABLE's to say."""
+        return replace(self._key("fa2", "bwd"), deterministic=self.deterministic, split=self.splits > 1)
+
+    def dispatch_keys(self) -> tuple[DispatchKey, ...]:
+        """Every kernel of the call in the order of the launches: the forward's where it recomputes, preprocess, main, convert."""
+        main = self.dispatch_key()
+        plain = DispatchKey("fa2", "bwd", self.arch, self.dtype, main.head_dim)
+        passes = (replace(plain, direction="bwd_preprocess"), main, replace(plain, direction="bwd_convert"))
+        parts = (replace(plain, direction="bwd_convert", split=True),) * main.split
+        return (*((self.forward().dispatch_key(),) if self.recompute else ()), *passes, *parts)
+
+    def forward(self) -> FwdRequest:
+        """The forward that this is the backward of."""
+        names = (each.name for each in fields(AttentionRequest))
+        return forward_request(None, None, **{name: getattr(self, name) for name in names})
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """Blocks of queries of one head, and of keys."""
+        tile = fa2_bwd_tile(self.arch, self._head_dim, own_p=self.softcap > 0 or self.dropout_p > 0)
+        return -(-self.seqlen_q // tile.tile_m), -(-self.seqlen_k // tile.tile_n)
+
+    @property
+    def splits(self) -> int:
+        """CTAs that share the queries of a block of keys: more than one where most multiprocessors would have none."""
+        heads, m_blocks, n_blocks = self.num_heads_kv * self.batch, *self.blocks
+        query_blocks = m_blocks * (self.num_heads_q // self.num_heads_kv)
+        if self.num_splits is not None:
+            return min(self.num_splits, query_blocks)
+        wanted = -(-self._sms // (self.copies * heads)) if self.deterministic else self._sms // (n_blocks * heads)
+        return max(1, min(wanted, query_blocks // LEAST_BLOCKS_OF_A_SPLIT))
+
+    @property
+    def copies(self) -> int:
+        """Accumulators of dq: one, or, where their order is fixed, as many as keep the multiprocessors busy with a CTA for each query head."""
+        if not self.deterministic:
+            return 1
+        return min(self.blocks[1], self.num_copies or -(-self._sms // (self.num_heads_q * self.batch)))
+
+    @property
+    def _sms(self) -> int:
+        return self.num_sms or limits_of(self.arch).num_sms
+
+
 FwdRequest: TypeAlias = Fa2FwdRequest | Fa3FwdRequest
+
+LEAST_BLOCKS_OF_A_SPLIT = 4  # blocks of queries: fewer do not pay for the loads of K and V and the parts of dK and dV
 
 
 def forward_request(family: str | None, persistent: PersistentMode | None, **arguments: Any) -> FwdRequest:

@@ -14,10 +14,12 @@ OLDEST_ARCH = 80
 
 @dataclass(frozen=True)
 class ArchLimits:
-    """smem_bytes: dynamic shared memory one CTA may ask for. sm_smem_bytes: of a multiprocessor, 1 KiB of it taken by each CTA."""
+    """smem_bytes: dynamic shared memory one CTA may ask for. sm_smem_bytes: of a multiprocessor, 1 KiB of it taken by each CTA.
+    num_sms: multiprocessors of the largest product, for plans made without a GPU."""
 
     smem_bytes: int
     sm_smem_bytes: int
+    num_sms: int
 
 
 REGISTERS_PER_SM = 65536  # of 32 bits; all architectures alike
@@ -25,12 +27,12 @@ MAX_REGISTERS_PER_THREAD = 255
 
 # CUDA C++ Programming Guide, "Compute Capabilities": shared memory.
 ARCH_LIMITS: dict[str, ArchLimits] = {
-    "sm_80": ArchLimits(163 << 10, 164 << 10),
-    "sm_86": ArchLimits(99 << 10, 100 << 10),
-    "sm_89": ArchLimits(99 << 10, 100 << 10),
-    "sm_90a": ArchLimits(227 << 10, 228 << 10),
-    "sm_100": ArchLimits(227 << 10, 228 << 10),
-    "sm_120": ArchLimits(99 << 10, 100 << 10),
+    "sm_80": ArchLimits(163 << 10, 164 << 10, 108),
+    "sm_86": ArchLimits(99 << 10, 100 << 10, 84),
+    "sm_89": ArchLimits(99 << 10, 100 << 10, 142),
+    "sm_90a": ArchLimits(227 << 10, 228 << 10, 132),
+    "sm_100": ArchLimits(227 << 10, 228 << 10, 148),
+    "sm_120": ArchLimits(99 << 10, 100 << 10, 188),
 }
 
 

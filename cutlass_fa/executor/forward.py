@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from ..arrays import ArraySpec, library_of
+from ..arrays import library_of
 from ..cell import Cell
 from ..cells.fa2_fwd import Fa2FwdCell
 from ..cells.fa3_fwd import Fa3FwdCell
@@ -21,15 +20,12 @@ from ..requests import PersistentMode, Window
 from .build import ExecutorKernel, Program
 from .faults import ExecutorError, ExecutorFault
 from .launch import DEFAULT_TIME_LIMIT_S, Buffer, GlobalMemory, launch
+from .outputs import POISON_BYTE, Output, check_written, span
 from .tensor_map import encode
 
 # A GPU of few multiprocessors, so that persistent kernels have several tiles per CTA at small sizes; its L2 makes causal sections of a
 # few heads.
 SMALL_DEVICE = DeviceInfo("sm_90a", num_sms=2, l2_bytes=1 << 18, name="CPU executor")
-
-FRAME_BYTE = 0xC3  # what lies around a strided output
-POISON_BYTE = 0xFF  # NaN: what an output holds before the kernel writes it
-
 
 @dataclass(frozen=True)
 class Forward:
@@ -73,8 +69,8 @@ def run_forward(
     options = {"softmax_scale": softmax_scale, "softcap": softcap, "dropout_p": dropout_p, "persistent": persistent}
     problem = _problem(cell, q, k, v, out_like, options)
     memory = GlobalMemory()
-    buffers = {name: memory.add(name, _span(array)) for name, array in (("q", q), ("k", k), ("v", v))}
-    out = _Output.add(memory, problem.out)
+    buffers = {name: memory.add(name, span(array)) for name, array in (("q", q), ("k", k), ("v", v))}
+    out = Output.add(memory, problem.out)
     lse_shape = (q.shape[0], q.shape[2], q.shape[1])
     lse = memory.add("lse", np.full(4 * int(np.prod(lse_shape)), POISON_BYTE, np.uint8), writable=True)
     counter = memory.add("tile_counter", np.zeros(4, np.uint8), writable=True)
@@ -85,8 +81,8 @@ def run_forward(
     if counter.data.any():
         raise ExecutorFault("fault", f"{name}: fault: the tile counter is {counter.data.view(np.int32)[0]} after the launch, not 0")
     out_bits, lse_bits = out.values(name), lse.data.view(np.uint32).reshape(lse_shape)
-    _check_written(name, "out", out_bits)
-    _check_written(name, "lse", lse_bits)
+    check_written(name, "out", out_bits)
+    check_written(name, "lse", lse_bits)
     return Forward(out_bits.view(q.dtype), lse_bits.view(np.float32))
 
 
@@ -109,55 +105,6 @@ def _arguments(
     if cell.has_dropout:
         params["dropout_seed"], params["dropout_offset"] = random_state
     return grid, [*maps, params.tobytes()]
-
-
-def _check_written(run: str, what: str, bits: np.ndarray) -> None:
-    """Raises ExecutorFault where an element still holds POISON_BYTE throughout: a NaN, and not the one that kernels write."""
-    untouched = bits == np.iinfo(bits.dtype).max
-    if untouched.any():
-        first = tuple(int(i) for i in np.argwhere(untouched)[0])
-        raise ExecutorFault(
-            "fault", f"{run}: fault: {int(untouched.sum())} of {bits.size} elements of {what} were never written, first {first}"
-        )
-
-
-@dataclass(frozen=True)
-class _Output:
-    """The bytes that a strided 16-bit output spans: NaN where its elements lie, FRAME_BYTE between them."""
-
-    buffer: Buffer
-    spec: ArraySpec
-
-    @classmethod
-    def add(cls, memory: GlobalMemory, spec: ArraySpec) -> _Output:
-        data = np.full(_span_elements(spec) * 2, FRAME_BYTE, np.uint8)
-        _elements(data, spec)[...] = POISON_BYTE * 0x101
-        return cls(memory.add("out", data, writable=True), spec)
-
-    def values(self, run: str) -> np.ndarray:
-        """The elements' bits as a contiguous array. Raises ExecutorFault where bytes between them changed."""
-        frame = self.buffer.data.copy()
-        values = _elements(frame, self.spec).copy()
-        _elements(frame, self.spec)[...] = FRAME_BYTE * 0x101
-        if (frame != FRAME_BYTE).any():
-            raise ExecutorFault(
-                "fault", f"{run}: fault: out was written between its elements, at byte {int((frame != FRAME_BYTE).argmax())}"
-            )
-        return values
-
-
-def _span_elements(spec: ArraySpec) -> int:
-    return 1 + sum((extent - 1) * stride for extent, stride in zip(spec.shape, spec.strides, strict=True))
-
-
-def _elements(data: np.ndarray, spec: ArraySpec) -> np.ndarray:
-    return np.lib.stride_tricks.as_strided(data.view(np.uint16), spec.shape, [2 * stride for stride in spec.strides])
-
-
-def _span(array: np.ndarray) -> np.ndarray:
-    """The bytes from an array's first element to its last, those between its rows included."""
-    size = array.itemsize + sum((extent - 1) * stride for extent, stride in zip(array.shape, array.strides, strict=True))
-    return np.frombuffer(ctypes.string_at(array.ctypes.data, size), np.uint8)
 
 
 def _problem(cell: Cell, q: np.ndarray, k: np.ndarray, v: np.ndarray, out_like: np.ndarray | None, options: Mapping[str, Any]) -> Problem:

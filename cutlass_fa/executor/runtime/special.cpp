@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "machine.hpp"
+#include "operands.hpp"
 
 namespace cutlass_fa::executor {
 namespace {
@@ -68,5 +69,7 @@ std::uint32_t float16_bits(float x) {
   std::uint32_t const rebased = magnitude - 0x38000000;
   return sign | (rebased + 0xFFF + (rebased >> 13 & 1)) >> 13;
 }
+
+float float16_value(std::uint32_t bits) { return element_value(ElementKind::kFloat16, bits); }
 
 }  // namespace cutlass_fa::executor

@@ -50,4 +50,17 @@ CUTLASS_FA_DEVICE uint32_t pack2(float low, float high) {
 // A word whose lowest `count` bits are set: none below 1, all from 32 on.
 CUTLASS_FA_DEVICE uint32_t low_bits(int count) { return count >= 32 ? 0xffffffffu : (1u << max(count, 0)) - 1u; }
 
+// The two floats of a pair, exactly; x is the lower half.
+template <class Element>
+CUTLASS_FA_DEVICE float2 unpack2(uint32_t pair) {
+  static_assert(is_same<Element, bfloat16> || is_same<Element, float16>, "unpack2 takes bf16 or f16 pairs");
+  if constexpr (is_same<Element, bfloat16>) {
+    return make_float2(__int_as_float(static_cast<int>(pair << 16)), __int_as_float(static_cast<int>(pair & 0xffff0000u)));
+  } else {
+    float low, high;
+    asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}" : "=f"(low), "=f"(high) : "r"(pair));
+    return make_float2(low, high);
+  }
+}
+
 }  // namespace cutlass_fa

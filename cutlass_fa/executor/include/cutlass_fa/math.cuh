@@ -30,4 +30,14 @@ CUTLASS_FA_DEVICE uint32_t pack2(float low, float high) {
 
 CUTLASS_FA_DEVICE uint32_t low_bits(int count) { return count >= 32 ? 0xffffffffu : (1u << max(count, 0)) - 1u; }
 
+template <class Element>
+CUTLASS_FA_DEVICE float2 unpack2(uint32_t pair) {
+  static_assert(is_same<Element, bfloat16> || is_same<Element, float16>, "unpack2 takes bf16 or f16 pairs");
+  if constexpr (is_same<Element, bfloat16>) {
+    return make_float2(__int_as_float(static_cast<int>(pair << 16)), __int_as_float(static_cast<int>(pair & 0xffff0000u)));
+  } else {
+    return make_float2(executor::float16_value(pair & 0xFFFF), executor::float16_value(pair >> 16));
+  }
+}
+
 }  // namespace cutlass_fa
