@@ -24,6 +24,7 @@ class Fa2FwdPlan:
         self.problem = problem
         self.kernel = kernel
         launch = KernelLaunch(kernel, device, pack_params(problem, cell, device_info(device)), grid_of(problem, cell))
+        self._launch = launch  # owns the memory that the driver is pointed to
         # The first words of Params: q, k, v, o, lse, and the random state where there is one.
         self._words = launch.params
         self._go, self._address = launch.go, launch.address
