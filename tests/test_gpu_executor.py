@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -10,17 +12,20 @@ import cutlass_fa
 from cutlass_fa.cell import Cell
 from cutlass_fa.dispatch import DISPATCH_TABLE, DispatchKey
 from cutlass_fa.requests import Fa3FwdRequest, Window
+from tests.agreement import Agreement
 from tests.numerics import check_forward, random_qkv
 
 pytestmark = pytest.mark.gpu
 
 DTYPES = {"f16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
+LSE_TOLERANCE = 1e-4
+ULPS = 4  # of the largest output
 
 
 @pytest.mark.parametrize("key", list(DISPATCH_TABLE), ids=str)
-def test_executor_and_gpu_agree(key: DispatchKey) -> None:
-    """Each is right by the test rule; what is printed is how far apart they are: matrix products summed in another order, and the special
-    functions' last bits."""
+def test_executor_and_gpu_agree(key: DispatchKey, record_property: Callable[[str, object], None]) -> None:
+    """Each is right by the test rule; what the summary tells is how far apart they are: matrix products summed in another order, and the
+    special functions' last bits."""
     import cupy
 
     from cutlass_fa.executor import compiler_problem, run_forward
@@ -48,6 +53,7 @@ def test_executor_and_gpu_agree(key: DispatchKey) -> None:
     assert (np.isfinite(on_cpu.lse) == seen).all()
     out_difference = float(np.abs(out.astype(np.float64) - on_cpu.out.astype(np.float64)).max())
     lse_difference = float(np.abs(lse[seen].astype(np.float64) - on_cpu.lse[seen]).max())
-    print(f"AGREE {key} out {out_difference:.2e} lse {lse_difference:.2e}")
-    assert out_difference <= 4 * float(ml_dtypes.finfo(q.dtype).eps) * float(np.abs(out.astype(np.float64)).max())
-    assert lse_difference <= 1e-4
+    allowed_out = ULPS * float(ml_dtypes.finfo(q.dtype).eps) * float(np.abs(out.astype(np.float64)).max())
+    Agreement(str(key), out_difference, lse_difference, allowed_out, LSE_TOLERANCE).record(record_property)
+    assert out_difference <= allowed_out
+    assert lse_difference <= LSE_TOLERANCE

@@ -1,12 +1,13 @@
 #!/usr/bin/env python
 """Sweep the tile table of the fa3 forward on a Hopper GPU: predicted beside measured, one line per candidate.
 
-A candidate is tile_m x tile_n, a scheduler, and one or two tiles of Q in flight. Predicted: registers a consumer thread needs for S, P and
-O (of those it has), shared memory, and the share of the matrix products that falls inside the problem (what is left after whole tiles,
-and under a causal mask after whole blocks on the diagonal). Each candidate is timed as tools/bench.py times peers.
+A candidate is tile_m x tile_n, a scheduler, one or two tiles of Q in flight, and whether a warpgroup's P V runs during its softmax
+("own"). Predicted: registers a consumer thread needs for S, P and O (of those it has), shared memory, and the share of the matrix products
+that falls inside the problem (what is left after whole tiles, and under a causal mask after whole blocks on the diagonal). What spills, or
+has its products serialised by the compiler, is left out. Each candidate is timed as tools/bench.py times peers.
 
 usage: tools/sweep_tiles.py [--head-dims 64,128] [--causal full|causal|both] [--seqlens 4096,16384] [--tiles 192x112,128x128]
-                            [--schedulers static,dynamic] [--rounds N] [--fa3-library FILE]
+                            [--schedulers static,dynamic] [--rounds N] [--fa3-library FILE] [--compile-only]
 """
 
 from __future__ import annotations
@@ -37,10 +38,11 @@ def candidates(head_dim: int, causal: bool, tiles: list[tuple[int, int]] | None,
     key = DispatchKey("fa3", "fwd", "sm_90a", "bf16", head_dim, causal=causal)
     swizzle = FA3_FWD_TILES[head_dim, causal].swizzle_bytes
     cells = [
-        Fa3FwdCell(key, fa3_fwd_tile(tile_m, tile_n, scheduler, q_stages, swizzle))
+        Fa3FwdCell(key, fa3_fwd_tile(tile_m, tile_n, scheduler, q_stages, swizzle, own_overlap))
         for tile_m, tile_n in tiles or ((tile_m, tile_n) for tile_m in REGISTER_SPLITS for tile_n in TILE_NS[head_dim])
         for scheduler in schedulers
         for q_stages in (1, 2)
+        for own_overlap in (False, True)
     ]
     return [
         cell for cell in cells if cell.smem_bytes <= limits_of(cell.arch).smem_bytes and registers(cell) <= cell.consumer_registers - 24
@@ -49,7 +51,7 @@ def candidates(head_dim: int, causal: bool, tiles: list[tuple[int, int]] | None,
 
 def registers(cell: Fa3FwdCell) -> int:
     """Registers of S, P and O in one consumer thread."""
-    return cell.tile_n // 2 + cell.tile_n // 4 + cell.head_dim // 2
+    return cell.tile_n // 2 + cell.tile_n // 4 * (1 + cell.has_own_overlap) + cell.head_dim // 2
 
 
 def useful_share(cell: Fa3FwdCell, seqlen: int) -> float:
@@ -64,7 +66,7 @@ def useful_share(cell: Fa3FwdCell, seqlen: int) -> float:
 
 
 def label(cell: Fa3FwdCell) -> str:
-    return f"{cell.tile_m}x{cell.tile_n} {cell.tile.scheduler} q{cell.q_stages}"
+    return f"{cell.tile_m}x{cell.tile_n} {cell.tile.scheduler} q{cell.q_stages}" + " own" * cell.has_own_overlap
 
 
 def launchers(cells: list[Fa3FwdCell], kernels: list[Kernel], head_dim: int, causal: bool, seqlen: int, fa3: Any) -> dict[str, Any]:
@@ -94,13 +96,22 @@ def launchers(cells: list[Fa3FwdCell], kernels: list[Kernel], head_dim: int, cau
     return runs
 
 
+def compiled(cells: list[Fa3FwdCell], pool: ProcessPoolExecutor) -> list[tuple[Fa3FwdCell, Kernel]]:
+    """The candidates that the compiler neither spills nor serialises."""
+    pairs = zip(cells, pool.map(load_or_compile, cells), strict=True)
+    return [(cell, kernel) for cell, kernel in pairs if kernel.cubin.spill_bytes == 0 and not kernel.cubin.warnings]
+
+
 def sweep(head_dim: int, causal: bool, arguments: argparse.Namespace, fa3: Any, pool: ProcessPoolExecutor) -> None:
+    built = compiled(candidates(head_dim, causal, arguments.tiles, arguments.schedulers), pool)
+    if arguments.compile_only:
+        print(f"head_dim {head_dim} {'causal' if causal else 'full'}: {', '.join(label(cell) for cell, _ in built)}", flush=True)
+        return
     import torch
 
     timings = TorchDevice(torch).timings
-    cells = candidates(head_dim, causal, arguments.tiles, arguments.schedulers)
+    cells, kernels = [cell for cell, _ in built], [kernel for _, kernel in built]
     seqlens: list[int] = arguments.seqlens
-    kernels = list(pool.map(load_or_compile, cells))
     rates: dict[str, list[float]] = {}
     for seqlen in seqlens:
         point = Point("bf16", head_dim, seqlen, causal)
@@ -132,11 +143,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--fa3-library")
     parser.add_argument("--jobs", type=int, default=8, help="processes that compile")
+    parser.add_argument("--compile-only", action="store_true", help="fill the cache and say what is left to time; needs no GPU")
     arguments = parser.parse_args()
-    import torch
-
     fa3 = None
     if arguments.fa3_library:
+        import torch
+
         torch.ops.load_library(arguments.fa3_library)
         fa3 = torch.ops.flash_attn_3
     import multiprocessing

@@ -162,6 +162,10 @@ class Fa3FwdCell(Cell):
     def has_dynamic_scheduler(self) -> bool:
         return self.tile.scheduler == "dynamic"
 
+    @property
+    def has_own_overlap(self) -> bool:
+        return self.tile.own_overlap
+
     # ---- Params ------------------------------------------------------------------------------------------------------------------
 
     @property

@@ -28,4 +28,6 @@ CUTLASS_FA_DEVICE uint32_t pack2(float low, float high) {
   }
 }
 
+CUTLASS_FA_DEVICE uint32_t low_bits(int count) { return count >= 32 ? 0xffffffffu : (1u << max(count, 0)) - 1u; }
+
 }  // namespace cutlass_fa
