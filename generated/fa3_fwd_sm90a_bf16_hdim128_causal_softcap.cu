@@ -152,6 +152,14 @@ CUTLASS_FA_DEVICE void apply_mask(float (&acc_s)[kTileN / 2], int const (&limit)
   }
 }
 
+// S <- tanh(S * softcap_prescale), which is softmax_scale / softcap; softmax_scale_log2 is softcap * log2(e), so that the softmax is the
+// same. It comes before the mask: tanh(-inf) = -1 would unmask.
+template <int kSize>
+CUTLASS_FA_DEVICE void score_mod(float (&acc_s)[kSize], Params const& params) {
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) { acc_s[i] = tanh_approx(acc_s[i] * params.softcap_prescale); }
+}
+
 // kTileN keys of K or V.
 CUTLASS_FA_DEVICE void load_kv(TensorMap const& map, Mbarrier& full, char* destination, int n_block, int kv_head, int batch) {
   full.arrive_and_expect(kChunks * kKvChunkBytes);
@@ -159,14 +167,6 @@ CUTLASS_FA_DEVICE void load_kv(TensorMap const& map, Mbarrier& full, char* desti
   for (int chunk = 0; chunk < kChunks; ++chunk) {
     tma_load(map, full, CacheHint::kEvictLast, destination + chunk * kKvChunkBytes, chunk * kChunkColumns, n_block * kTileN, kv_head, batch);
   }
-}
-
-// S <- tanh(S * softcap_prescale), which is softmax_scale / softcap; softmax_scale_log2 is softcap * log2(e), so that the softmax is the
-// same. It comes before the mask: tanh(-inf) = -1 would unmask.
-template <int kSize>
-CUTLASS_FA_DEVICE void score_mod(float (&acc_s)[kSize], Params const& params) {
-#pragma unroll
-  for (int i = 0; i < kSize; ++i) { acc_s[i] = tanh_approx(acc_s[i] * params.softcap_prescale); }
 }
 
 // O <- acc_o / row sum, lse <- its logarithm. The quad's lanes trade 8-column groups, so that each writes 16 bytes of one row.

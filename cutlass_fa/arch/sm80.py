@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .limits import table_arch
 
@@ -68,6 +68,7 @@ _HOPPER = _Table(
         128: Fa2FwdTile(8, 16, 64, 1),
     },
 )
+_BLACKWELL = replace(_HOPPER, tiles=_HOPPER.tiles | _both({128: Fa2FwdTile(4, 32, 48, 2)}))  # 64 keys spill where Hopper's do not
 _AMPERE = _Table(
     tiles=_both(
         {
@@ -106,6 +107,6 @@ _TABLES: dict[str, _Table] = {
     "sm_86": _SMALL,
     "sm_89": _SMALL,
     "sm_90a": _HOPPER,
-    "sm_100": _HOPPER,
+    "sm_100": _BLACKWELL,
     "sm_120": _SMALL,
 }
