@@ -66,6 +66,7 @@ _HOPPER = _Table(
         80: Fa2FwdTile(4, 32, 32, 2),
         96: Fa2FwdTile(4, 32, 32, 2),
         128: Fa2FwdTile(8, 16, 64, 1),
+        256: Fa2FwdTile(8, 16, 32, 1),
     },
 )
 _BLACKWELL = replace(_HOPPER, tiles=_HOPPER.tiles | _both({128: Fa2FwdTile(4, 32, 48, 2)}))  # 64 keys spill where Hopper's do not
