@@ -83,12 +83,12 @@ def launchers(cells: list[Fa3FwdCell], kernels: list[Kernel], head_dim: int, cau
     library = library_of(type(q))
     problem = Problem.from_specs(*map(library.spec, (q, k, v, out)), arch="sm_90a", mask=Window(-1, -1, causal))
     lse = torch.empty((shape[0], shape[2], seqlen), device="cuda")
-    pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
+    pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr())
 
     def ours(kernel: Kernel) -> Any:
         plan = forward_plan(problem, kernel)
         # the default argument keeps the arrays alive as long as their addresses are used
-        return lambda _keep=(q, k, v, out): plan.run(pointers, lse.data_ptr(), torch.cuda.current_stream().cuda_stream)
+        return lambda _keep=(q, k, v, out): plan.run(pointers, out.data_ptr(), lse.data_ptr(), torch.cuda.current_stream().cuda_stream)
 
     runs = {label(cell): ours(kernel) for cell, kernel in zip(cells, kernels, strict=True)}
     if fa3 is not None:
