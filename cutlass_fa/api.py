@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import kernels
-from .arrays import ArrayLibrary, library_of, not_on_gpu
+from .arrays import ArrayLibrary, check_one_library, library_of, not_on_gpu
 from .device import check_current_device, device_info
 from .dropout import dropout_mask
 from .errors import InvalidArgument
@@ -74,15 +74,18 @@ def flash_attn_func(
     if backend != "cuda":
         raise InvalidArgument(f"backend={backend!r}: accepted are {', '.join(BACKENDS)}")
     library = library_of(type(q))
-    plan = _plan(library, q, k, v, out, options)
-    request, device = plan.problem.request, plan.problem.q.device
+    plan = _plan(library, (q, k, v) if out is None else (q, k, v, out), options)
+    problem = plan.problem
+    device = problem.q.device
     if out is None:
-        out = library.empty(plan.problem.out.shape, request.dtype, device)
-    lse = library.empty((request.batch, request.num_heads_q, request.seqlen_q), "f32", device) if return_lse else None
-    pointer = library.pointer
-    pointers = (pointer(q), pointer(k), pointer(v), pointer(out))
+        out = library.empty(problem.out.shape, problem.out.dtype, device)
+    pointers = library.pointers((q, k, v, out))
     check_pointers(pointers)
-    plan.run(pointers, pointer(lse) if return_lse else 0, library.current_stream(device), random_state)
+    lse, lse_pointer = None, 0
+    if return_lse:
+        lse = library.empty(problem.lse_shape, "f32", device)
+        (lse_pointer,) = library.pointers((lse,))
+    plan.run(pointers[:3], pointers[3], lse_pointer, library.current_stream(device), random_state)
     return (out, lse) if return_lse else out
 
 
@@ -94,17 +97,19 @@ _plans: dict[tuple[Any, ...], ForwardPlan] = {}
 _MAX_PLANS = 4096
 
 
-def _plan(library: ArrayLibrary, q: Any, k: Any, v: Any, out: Any, options: _Options) -> ForwardPlan:
-    """The launch plan of a call, made at the first call of its kind and found by shapes, strides, dtypes and options afterwards."""
-    for name, array in (("k", k), ("v", v), ("out", out)):
-        if type(array) is not type(q) and array is not None and library_of(type(array)) is not library:
-            other = library_of(type(array)).name
-            raise InvalidArgument(f"{name} is a {other} array and q a {library.name} one: bring all from one library")
-    signature = library.signature
-    kind = (library, signature(q), signature(k), signature(v), None if out is None else signature(out), options)
+def _plan(library: ArrayLibrary, arrays: tuple[Any, ...], options: _Options) -> ForwardPlan:
+    """The launch plan of a call, made at the first call of its kind and found by shapes, strides, dtypes and options afterwards.
+
+    arrays: q, k, v, and out where the caller brings it."""
+    try:
+        kind = (library.signatures(arrays), options)
+    except AttributeError:
+        check_one_library(("q", "k", "v", "out")[: len(arrays)], arrays)
+        raise
     plan = _plans.get(kind)
     if plan is None:
-        plan = _make_plan(library, q, k, v, out, options)
+        check_one_library(("q", "k", "v", "out")[: len(arrays)], arrays)
+        plan = _make_plan(library, *arrays, *(None,) * (4 - len(arrays)), options)
         if len(_plans) >= _MAX_PLANS:
             _plans.clear()
         _plans[kind] = plan

@@ -123,12 +123,12 @@ def launchers(built: list[tuple[Cell, Kernel]], point: Point, peers: dict[str, A
     key = built[0][0].key
     problem = Problem.from_specs(*map(library.spec, (q, k, v, out)), arch=key.arch, family=key.family, mask=Window(-1, -1, point.causal))
     lse = torch.empty((point.batch, point.num_heads_q, point.seqlen), device="cuda")
-    pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
+    pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr())
 
     def ours(kernel: Kernel) -> Any:
         plan = forward_plan(problem, kernel)
         # the default argument keeps the arrays alive as long as their addresses are used
-        return lambda _keep=(q, k, v, out): plan.run(pointers, lse.data_ptr(), torch.cuda.current_stream().cuda_stream)
+        return lambda _keep=(q, k, v, out): plan.run(pointers, out.data_ptr(), lse.data_ptr(), torch.cuda.current_stream().cuda_stream)
 
     runs = {label(cell): ours(kernel) for cell, kernel in built}
     return runs | {name: prepare(q, k, v, point.causal) for name, prepare in peers.items()}
