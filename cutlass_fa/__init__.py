@@ -15,6 +15,7 @@ from .errors import FlashAttnError
 from .requests import (
     Causal,
     Fa2BwdRequest,
+    Fa2FwdRequest,
     Fa3FwdRequest,
     Full,
     Grid,
@@ -35,6 +36,7 @@ __all__ = [
     "Causal",
     "DispatchKey",
     "Fa2BwdRequest",
+    "Fa2FwdRequest",
     "Fa3FwdRequest",
     "FlashAttnError",
     "Full",

@@ -6,7 +6,7 @@ from typing import Any
 
 from . import kernels
 from .api import BACKENDS, flash_attn_func
-from .arrays import ArrayLibrary, library_of, not_on_gpu
+from .arrays import ArrayLibrary, check_one_library, library_of, not_on_gpu
 from .device import check_current_device, device_info
 from .errors import InvalidArgument
 from .launches.fa2_bwd import BackwardPointers, Fa2BwdPlan
@@ -76,12 +76,10 @@ def flash_attn_backward(
     )
     dq, dk, dv = fresh
     workspace = library.empty((plan.workspace.floats,), "f32", device)
-    pointer = library.pointer
-    pointers = BackwardPointers(
-        *map(pointer, (q, k, v, out, dout, lse)), 0 if dlse is None else pointer(dlse), pointer(dq), pointer(dk), pointer(dv)
-    )
+    dlse_pointers = (0,) if dlse is None else library.pointers((dlse,))
+    pointers = BackwardPointers(*library.pointers((q, k, v, out, dout, lse)), *dlse_pointers, *library.pointers((dq, dk, dv)))
     _check_pointers(pointers)
-    plan.run(pointers, pointer(workspace), library.current_stream(device), random_state)
+    plan.run(pointers, *library.pointers((workspace,)), library.current_stream(device), random_state)
     return dq, dk, dv
 
 
@@ -104,12 +102,9 @@ def _plan(
     """The launch plan of a call, made at the first call of its kind and found by shapes, strides, dtypes and options afterwards."""
     arrays = (dout, q, k, v, out, lse, dlse, *gradients)
     names = ("dout", "q", "k", "v", "out", "lse", "dlse", "dq", "dk", "dv")
-    for name, array in zip(names, arrays, strict=True):
-        if array is not None and type(array) is not type(q) and library_of(type(array)) is not library:
-            raise InvalidArgument(
-                f"{name} is a {library_of(type(array)).name} array and q a {library.name} one: bring all from one library"
-            )
-    kind = (library, tuple(None if array is None else library.signature(array) for array in arrays), options)
+    check_one_library(("q", *names), (q, *arrays))
+    given = tuple(array is not None for array in arrays)
+    kind = (library.signatures([array for array in arrays if array is not None]), given, options)
     plan = _plans.get(kind)
     if plan is None:
         plan = _make_plan(library, arrays, options)

@@ -25,6 +25,11 @@ class Problem:
     v: ArraySpec
     out: ArraySpec
 
+    @property
+    def lse_shape(self) -> tuple[int, int, int]:
+        """(batch, num_heads_q, seqlen_q)."""
+        return self.request.batch, self.request.num_heads_q, self.request.seqlen_q
+
     @classmethod
     def from_specs(
         cls,
@@ -82,7 +87,7 @@ class Problem:
         return cls(request, q, k, v, out)
 
 
-def check_pointers(pointers: tuple[int, int, int, int]) -> None:
+def check_pointers(pointers: tuple[int, ...]) -> None:
     """Raises InvalidArgument, naming the array, unless the addresses of q, k, v and out are multiples of 16 bytes."""
     q, k, v, out = pointers
     if (q | k | v | out) % ALIGNMENT_BYTES == 0:

@@ -8,9 +8,7 @@
 #include <cutlass_fa/ldmatrix.cuh>
 #include <cutlass_fa/math.cuh>
 #include <cutlass_fa/mma.cuh>
-#include <cutlass_fa/pipeline.cuh>
 #include <cutlass_fa/shared_memory.cuh>
-#include <cutlass_fa/softmax.cuh>
 #include <cutlass_fa/warp.cuh>
 
 using namespace cutlass_fa;
@@ -30,8 +28,7 @@ constexpr int kRowBlocks = kWarpRows / 16;
 constexpr int kSwizzleBytes = 128;
 constexpr int kChunkColumns = 64;
 constexpr int kChunks = 2;
-constexpr int kUnits = kSwizzleBytes / 16;              // of a row of a chunk
-constexpr int kRowsPerPass = kThreads / kUnits;         // that all threads together copy at a time, 16 bytes each
+constexpr int stage_after(int stage) { return stage + 1 == kStages ? 0 : stage + 1; }
 constexpr int swizzled(int offset) { return offset ^ (offset >> 3 & (kSwizzleBytes - 16)); }
 
 struct Params {
@@ -101,14 +98,19 @@ CUTLASS_FA_DEVICE int n_block_end(Params const& params, int query_end) {
 }
 
 // acc_s <- -inf from each row's limit on. limit[r]: first unseen key of row r, counted from this thread's first column of the block;
-// the thread's columns are 8 j and 8 j + 1.
+// the thread's columns are 8 j and 8 j + 1. The answers are gathered in words, whose bits the hardware turns into predicates seven at a time.
 CUTLASS_FA_DEVICE void apply_mask(float (&acc_s)[kTileN / 2], int const (&limit)[2]) {
 #pragma unroll
-  for (int j = 0; j < kTileN / 8; ++j) {
+  for (int r = 0; r < 2; ++r) {
+    int const seen = max(limit[r], 0) / 8 * 2 + min(max(limit[r], 0) % 8, 2);  // of the thread's kTileN / 4 columns
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      if (8 * j >= limit[r]) { acc_s[4 * j + 2 * r] = negative_infinity(); }
-      if (8 * j + 1 >= limit[r]) { acc_s[4 * j + 2 * r + 1] = negative_infinity(); }
+    for (int first = 0; first < kTileN / 4; first += 32) {
+      uint32_t const bits = low_bits(seen - first);
+#pragma unroll
+      for (int i = first; i < min(first + 32, kTileN / 4); ++i) {
+        float& score = acc_s[4 * (i / 2) + 2 * r + i % 2];
+        score = bits >> (i - first) & 1 ? score : negative_infinity();
+      }
     }
   }
 }
@@ -121,7 +123,7 @@ CUTLASS_FA_DEVICE void store_o(Params const& params, Tile const& tile, int row_i
   int const quad_lane = thread_index() % 4;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    RowResult const result = finalize(rows, r, params.softmax_scale_log2);
+    RowResult const result = finalize(rows, r);
     int const row = row_in_tile + 8 * r;
     int64_t const query = query_of(tile, row);
     int64_t const head = head_of(tile, row);
@@ -147,6 +149,9 @@ CUTLASS_FA_DEVICE void store_o(Params const& params, Tile const& tile, int row_i
 }
 
 // ---- global to shared memory ----------------------------------------------------------------------------------------------------------
+
+constexpr int kUnits = kSwizzleBytes / 16;       // of a row of a chunk
+constexpr int kRowsPerPass = kThreads / kUnits;  // that all threads together copy at a time, 16 bytes each
 
 // One thread's share of a tile: 16 bytes of every kRowsPerPass-th row, in each chunk.
 struct Copier {
@@ -180,24 +185,24 @@ CUTLASS_FA_DEVICE void load_tile(char* tile, Copier const& copier, Element const
 struct KvSource {
   Element const* k;
   Element const* v;
-  PipelineState<kStages> pipe;
+  int stage;
 };
 
 CUTLASS_FA_DEVICE KvSource make_kv_source(Params const& params, Tile const& tile) {
   int64_t const head = kv_head_of(params, tile);
   return {static_cast<Element const*>(params.k) + tile.batch * params.k_stride_batch + head * params.k_stride_head,
-          static_cast<Element const*>(params.v) + tile.batch * params.v_stride_batch + head * params.v_stride_head};
+          static_cast<Element const*>(params.v) + tile.batch * params.v_stride_batch + head * params.v_stride_head, 0};
 }
 
 template <bool kAllRows>
 CUTLASS_FA_DEVICE void load_kv(KvSource& source, SharedStorage& shared, Params const& params, Copier const& copier, int n_block) {
   int64_t const row = n_block * kTileN + copier.row;
   int const keys = params.seqlen_k - n_block * kTileN;
-  load_tile<kTileN, kAllRows>(shared.k[source.pipe.stage], copier, source.k + row * params.k_stride_row + copier.column, params.k_stride_row, keys,
+  load_tile<kTileN, kAllRows>(shared.k[source.stage], copier, source.k + row * params.k_stride_row + copier.column, params.k_stride_row, keys,
                               params.head_dim);
-  load_tile<kTileN, kAllRows>(shared.v[source.pipe.stage], copier, source.v + row * params.v_stride_row + copier.column, params.v_stride_row, keys,
+  load_tile<kTileN, kAllRows>(shared.v[source.stage], copier, source.v + row * params.v_stride_row + copier.column, params.v_stride_row, keys,
                               params.head_dim);
-  source.pipe.advance();
+  source.stage = stage_after(source.stage);
 }
 
 CUTLASS_FA_DEVICE void load_q(SharedStorage& shared, Params const& params, Tile const& tile, Copier const& copier) {
@@ -309,11 +314,11 @@ CUTLASS_FA_DEVICE void multiply_pv(float (&acc_s)[kRowBlocks][kTileN / 2], char 
 
 // A tile's rows against every key block they see, from the last to the first: the blocks that need a mask come first.
 CUTLASS_FA_DEVICE void attend(SharedStorage& shared, Params const& params, Tile const& tile, int last_block, int warp_row, float (&acc_o)[kRowBlocks][kHeadDim / 2],
-                              LazyRows (&rows)[kRowBlocks]) {
+                              SoftmaxRows (&rows)[kRowBlocks]) {
   Copier const copier = make_copier();
   Lane const lane = make_lane();
   KvSource source = make_kv_source(params, tile);
-  PipelineState<kStages> pipe;  // the stage to read
+  int stage = 0;  // the one to read
   load_q(shared, params, tile, copier);
   cp_async_commit();
   load_kv<false>(source, shared, params, copier, last_block);
@@ -338,7 +343,7 @@ CUTLASS_FA_DEVICE void attend(SharedStorage& shared, Params const& params, Tile 
   int const first_row = warp_row + thread_index() % kWarpSize / 4, first_column = thread_index() % 4 * 2;
   auto step = [&](int n_block, auto masked) {
     float acc_s[kRowBlocks][kTileN / 2];
-    multiply_qk(query, shared.k[pipe.stage], lane, acc_s);
+    multiply_qk(query, shared.k[stage], lane, acc_s);
     bool outgrown = false;
 #pragma unroll
     for (int m = 0; m < kRowBlocks; ++m) {
@@ -353,9 +358,9 @@ CUTLASS_FA_DEVICE void attend(SharedStorage& shared, Params const& params, Tile 
 #pragma unroll
       for (int m = 0; m < kRowBlocks; ++m) { move_origins(acc_s[m], rows[m], acc_o[m], params.softmax_scale_log2); }
     }
-    multiply_pv(acc_s, shared.v[pipe.stage], lane, acc_o, [&](int m, int step) {
+    multiply_pv(acc_s, shared.v[stage], lane, acc_o, [&](int m, int step) {
       float(&scores)[8] = keys_of_step(acc_s[m], step);
-      exponentiate(scores, rows[m], params.softmax_scale_log2);
+      exponentiate_keys(scores, rows[m], params.softmax_scale_log2);
     });
   };
 
@@ -363,14 +368,14 @@ CUTLASS_FA_DEVICE void attend(SharedStorage& shared, Params const& params, Tile 
   if (params.seqlen_k % kTileN != 0) {
     next_block(n_block);
     step(n_block, true_type{});
-    pipe.advance();
+    stage = stage_after(stage);
     --n_block;
   }
 #pragma unroll 1
   for (; n_block >= 0; --n_block) {
     next_block(n_block);
     step(n_block, false_type{});
-    pipe.advance();
+    stage = stage_after(stage);
   }
 }
 
@@ -381,14 +386,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2) flash_fwd(const __grid
   Tile const tile = tile_of(params, block_index());
   int const warp_row = warp_uniform(thread_index() / kWarpSize) * kWarpRows;
   float acc_o[kRowBlocks][kHeadDim / 2] = {};  // 2 rows x kHeadDim / 4 columns of this thread, for each row block
-  LazyRows rows[kRowBlocks];
+  SoftmaxRows rows[kRowBlocks];
 #pragma unroll
-  for (int m = 0; m < kRowBlocks; ++m) { rows[m] = no_keys_yet(); }
+  for (int m = 0; m < kRowBlocks; ++m) { rows[m] = unseen_rows(); }
   int const last_block = n_block_end(params, (tile.m_block + 1) * kQueriesPerTile) - 1;
   if (last_block >= 0) { attend(shared, params, tile, last_block, warp_row, acc_o, rows); }
   Tile const out_tile = tile_of(params, warp_uniform(block_index()));  // found again, rather than kept in registers all the time
 #pragma unroll
   for (int m = 0; m < kRowBlocks; ++m) {
-    store_o(params, out_tile, warp_row + 16 * m + thread_index() % kWarpSize / 4, acc_o[m], softmax_rows(rows[m], params.softmax_scale_log2));
+    store_o(params, out_tile, warp_row + 16 * m + thread_index() % kWarpSize / 4, acc_o[m], rows[m]);
   }
 }

@@ -1,4 +1,5 @@
-"""Shared by all tests: GPU tests are skipped, with the reason, where no kernel can be launched."""
+"""Shared by all tests: GPU tests are skipped, with the reason, where no kernel can be launched; how far executor and GPU are apart is
+summed up in the end."""
 
 from __future__ import annotations
 
@@ -9,6 +10,24 @@ import pytest
 
 from cutlass_fa import kernels
 from cutlass_fa.device import gpu_problem
+from tests import agreement
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--agreement", metavar="FILE", help="where to write, as JSON, how far the CPU executor and the GPU are apart")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = (report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, ()))
+    found = agreement.collect(reports)
+    if not found:
+        return
+    terminalreporter.section("CPU executor beside the GPU, largest differences")
+    for line in agreement.lines(found):
+        terminalreporter.line(line)
+    path = terminalreporter.config.getoption("--agreement")
+    if path:
+        agreement.write(Path(path), found)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -22,6 +22,7 @@ class SmallKernel:
     name: str
     threads: int
     smem_bytes: int
+    grid: int = 1
 
     def source(self, arch: str, constants: Mapping[str, object]) -> Source:
         """Its text with other values for some of its constants (`constexpr ... name = value;`)."""
@@ -37,9 +38,11 @@ class SmallKernel:
         return ExecutorKernel.build(self.source("sm_90a", constants))
 
 
-def run(program: Program, memory: GlobalMemory, arguments: Sequence[bytes], *, seed: int = 0, time_limit_s: int = 20) -> None:
-    """One CTA."""
-    launch(program, 1, arguments, memory, seed=seed, time_limit_s=time_limit_s)
+def run(
+    program: Program, memory: GlobalMemory, arguments: Sequence[bytes], *, grid: int = 1, seed: int = 0, time_limit_s: int = 20
+) -> None:
+    """`grid` CTAs."""
+    launch(program, grid, arguments, memory, seed=seed, time_limit_s=time_limit_s)
 
 
 def words(*values: int | np.ndarray) -> bytes:

@@ -43,7 +43,7 @@ class Case:
         memory = GlobalMemory()
         buffers = {name: memory.add(name, array, writable=name in self.outputs) for name, array in self.arrays.items()}
         arguments = self.arguments(_HostMemory(self.arrays, {name: buffer.address for name, buffer in buffers.items()}))
-        run(program or self.build(), memory, arguments, seed=seed)
+        run(program or self.build(), memory, arguments, grid=self.kernel.grid, seed=seed)
         return {name: buffers[name].data.view(self.arrays[name].dtype).reshape(self.arrays[name].shape) for name in self.outputs}
 
     def on_gpu(self) -> Arrays:
@@ -126,7 +126,7 @@ class _DeviceMemory:
 
 
 def _launch(cubin: Cubin, kernel: SmallKernel, arguments: list[bytes]) -> None:
-    """One CTA, as cutlass_fa/launch.py launches; the arguments' bytes lie in host memory until the driver has copied them."""
+    """As cutlass_fa/launch.py launches; the arguments' bytes lie in host memory until the driver has copied them."""
     import cupy
     from cuda.bindings import driver as bindings
     from cupy_backends.cuda.api import driver
@@ -139,5 +139,5 @@ def _launch(cubin: Cubin, kernel: SmallKernel, arguments: list[bytes]) -> None:
     assert error == bindings.CUresult.CUDA_SUCCESS, error
     holders = [np.frombuffer(argument, np.uint8).copy() for argument in arguments]
     pointers = np.array([holder.ctypes.data for holder in holders], np.uint64)
-    driver.launchKernel(function.ptr, 1, 1, 1, kernel.threads, 1, 1, kernel.smem_bytes, 0, pointers.ctypes.data, 0)
+    driver.launchKernel(function.ptr, kernel.grid, 1, 1, kernel.threads, 1, 1, kernel.smem_bytes, 0, pointers.ctypes.data, 0)
     cupy.cuda.Device().synchronize()

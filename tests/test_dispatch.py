@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from itertools import product
 
@@ -10,6 +11,7 @@ import pytest
 from cutlass_fa.arch.limits import arch_problem, limits_of, table_arch
 from cutlass_fa.dispatch import (
     ARCHS,
+    BUILT_FLAGS,
     CELL_HEAD_DIMS,
     DIRECTIONS,
     DISPATCH_TABLE,
@@ -71,7 +73,8 @@ def test_key_refuses_unknown_words() -> None:
     [
         ({"head_dim": 72}, "head_dim 72"),
         ({"arch": "sm_80"}, "sm_80"),
-        ({"family": "fa2"}, "fa2"),
+        ({"family": "fa2", "gqa_ratio": 2}, "heads are not packed"),
+        ({"dropout": True}, "dropout is not built yet in the fa3 fwd"),
         ({"direction": "bwd"}, "backward"),
         ({"dtype": "e4m3", "v_dtype": "e4m3"}, "e4m3"),
         ({"v_dtype": "f16"}, "must agree"),
@@ -104,7 +107,12 @@ def test_several_obstacles_are_all_named() -> None:
 
 def test_valid_keys_are_what_lookup_serves() -> None:
     valid = list(DISPATCH_TABLE.valid_keys())
-    assert len(valid) == len(set(valid)) == 2 * len(CELL_HEAD_DIMS) * 2  # dtypes x head_dims x causal
+    assert len(valid) == len(set(valid))
+    combinations = 2 * len(CELL_HEAD_DIMS)  # dtypes x head_dims
+    counts = Counter((key.family, key.direction) for key in valid)
+    assert counts["fa3", "fwd"] == combinations * 2 * 2  # causal, softcap
+    assert counts["fa2", "fwd"] == combinations * 2 * 2 * 2 * len(ARCHS)  # causal, softcap, dropout
+    assert set(counts) == set(BUILT_FLAGS)
     assert all(DISPATCH_TABLE.lookup(key) is key for key in valid)
     assert {replace(key, gqa_ratio=1) for key in DISPATCH_TABLE} <= set(valid)
     assert all(DISPATCH_TABLE.lookup(key) is key for key in DISPATCH_TABLE)

@@ -230,7 +230,7 @@ def operands(faults: Mapping[str, object] | None = None) -> Case:
         return [words(*(memory.address(name) for name in arrays))]
 
     layout = f"{SwizzledTile(64, 64, 128).k_major_descriptor().bits:#x}ull"
-    return Case(SmallKernel("cp_async_operands", 128, 16384), arrays, ("d",), arguments, {"kLayout": layout, **(faults or {})})
+    return Case(SmallKernel("cp_async_operands", 128, 17408), arrays, ("d",), arguments, {"kLayout": layout, **(faults or {})})
 
 
 def check_operands(case: Case, d: np.ndarray) -> None:
@@ -239,17 +239,23 @@ def check_operands(case: Case, d: np.ndarray) -> None:
     np.testing.assert_array_equal(d, actual)
 
 
+by_mbarrier = pytest.mark.parametrize("by_mbarrier", ["false", "true"])
+
+
 @needs_compiler
-def test_copied_operands_give_numpys_product() -> None:
-    case = operands()
+@by_mbarrier
+def test_copied_operands_give_numpys_product(by_mbarrier: str) -> None:
+    case = operands({"kByMbarrier": by_mbarrier})
     program = case.build()
     for seed in range(6):
         check_operands(case, case.on_executor(seed, program)["d"])
 
 
 @pytest.mark.gpu
-def test_copied_operands_give_numpys_product_on_the_gpu() -> None:
-    check_operands(operands(), operands().on_gpu()["d"])
+@by_mbarrier
+def test_copied_operands_give_numpys_product_on_the_gpu(by_mbarrier: str) -> None:
+    case = operands({"kByMbarrier": by_mbarrier})
+    check_operands(case, case.on_gpu()["d"])
 
 
 @needs_compiler
@@ -261,13 +267,92 @@ def test_copied_operands_give_numpys_product_on_the_gpu() -> None:
         ("kSync", "no fence_async_proxy has followed|a cp_async of thread .* does not know to have landed|nobody wrote"),
     ],
 )
-def test_operands_copied_wrongly_are_reported(fault: str, report: str) -> None:
-    case = operands({fault: "false"})
+@by_mbarrier
+def test_operands_copied_wrongly_are_reported(by_mbarrier: str, fault: str, report: str) -> None:
+    if by_mbarrier == "true" and fault == "kSync":
+        pytest.skip("each thread waits for everyone's copies at the mbarrier")
+    case = operands({"kByMbarrier": by_mbarrier, fault: "false"})
     program = case.build()
     for seed in range(4):
         with pytest.raises(ExecutorFault) as caught:
             case.on_executor(seed, program)
         assert re.search(report, caught.value.report) and "cp_async_operands.cu:" in caught.value.report, caught.value.report
+
+
+def copied_ring(steps: int, faults: Mapping[str, object] | None = None) -> Case:
+    """steps: tiles that go round the ring of two buffers."""
+    tiles = np.random.default_rng(steps).integers(0, 1 << 32, (steps, 8, 16)).astype(np.uint32)
+    arrays = {"tiles": tiles, "out": np.zeros((32, 4), np.uint32)}
+
+    def arguments(memory: Memory) -> list[bytes]:
+        return [words(memory.address("tiles"), memory.address("out"), np.array([steps]))]
+
+    return Case(SmallKernel("cp_async_ring", 64, 2048), arrays, ("out",), arguments, faults or {})
+
+
+def check_copied_ring(case: Case, results: Arrays) -> None:
+    sums = np.tile(np.arange(1, 5, dtype=np.uint32), (32, 1))
+    lane = np.arange(32).reshape(-1, 1)
+    for tile in case.arrays["tiles"]:
+        sums = np.uint32(3) * sums + tile[lane // 4, 4 * np.arange(4) + lane % 4]
+    np.testing.assert_array_equal(results["out"], sums)
+
+
+@needs_compiler
+@pytest.mark.parametrize("steps", [1, 2, 9])
+def test_copies_that_arrive_at_mbarriers(steps: int) -> None:
+    case = copied_ring(steps)
+    program = case.build()
+    for seed in range(6):
+        check_copied_ring(case, case.on_executor(seed, program))
+
+
+@pytest.mark.gpu
+@needs_compiler
+@pytest.mark.parametrize("steps", [1, 2, 9, 300])
+def test_copies_that_arrive_at_mbarriers_on_the_gpu(steps: int) -> None:
+    case = copied_ring(steps)
+    on_cpu = case.on_executor()
+    for _ in range(10):
+        on_gpu = case.on_gpu()
+        check_copied_ring(case, on_gpu)
+        np.testing.assert_array_equal(on_gpu["out"], on_cpu["out"])
+
+
+ARRIVAL_FAULTS: dict[str, tuple[dict[str, object], str]] = {
+    "no arrival": ({"kArrive": "false"}, r"deadlock:(?s:.*)threads 32-63 wait in mbarrier wait .*32 of 32 arrivals"),
+    "an arrival before the copy": (
+        {"kArriveFirst": "true"},
+        "load_matrix reads shared .* (cp_async of thread .* does not know to have landed|which nobody wrote)|a thread ends while 1 of its",
+    ),
+    "a plain arrival": ({"kArrivePlainly": "true"}, "load_matrix reads shared .* written by a cp_async of thread|a thread ends while"),
+    "an arrival more than comes": ({"kArrivals": 33}, r"deadlock:(?s:.*)threads 32-63 wait in mbarrier wait .*1 of 33 arrivals"),
+    "an arrival less than comes": ({"kArrivals": 31}, "load_matrix reads shared .* cp_async of thread|an arrival too many|nobody wrote"),
+    "tile read too early": ({"kWaitFull": "false"}, "load_matrix reads shared .* (by a cp_async of thread|which nobody wrote)"),
+    "buffer overwritten too early": (
+        {"kWaitEmpty": "false"},
+        r"cp_async to shared .*, (destination of a cp_async that|which warp 1 may still be reading)",
+    ),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ARRIVAL_FAULTS)
+def test_misused_arrivals_are_reported(name: str) -> None:
+    constants, report = ARRIVAL_FAULTS[name]
+    case = copied_ring(9, constants)
+    program = case.build()
+    for seed in range(6):
+        with pytest.raises(ExecutorFault) as caught:
+            case.on_executor(seed, program)
+        assert re.search(report, caught.value.report) and "cp_async_ring.cu:" in caught.value.report, caught.value.report
+
+
+@needs_nvrtc
+@needs_nvdisasm
+def test_arrivals_of_copies_are_the_expected_machine_code() -> None:
+    code = copied_ring(1).machine_code("sm_90a")
+    assert re.search(r"ARRIVES\.LDGSTSBAR\.64", code) and "LDGSTS.E" in code
 
 
 # ---- additions -----------------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import pytest
 
 import cutlass_fa
 from cutlass_fa.arch.sm90 import FA3_FWD_TILES
+from cutlass_fa.cell import Cell
 from cutlass_fa.dispatch import DispatchKey
 from tests.needs import needs_nvrtc
 from tools import floors, profile_kernel, startup, sweep_tiles
@@ -369,8 +370,19 @@ def test_the_sweep_tries_the_tables_own_tiles(head_dim: int, causal: bool) -> No
     assert len({sweep_tiles.label(cell) for cell in tried}) == len(tried)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90a"])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+def test_sweep_of_fa2_tries_the_tables_tile(head_dim: int, arch: str, causal: bool) -> None:
+    tried = sweep_tiles.fa2_candidates(arch, head_dim, causal, None)
+    labels = [sweep_tiles.label(cell) for cell in tried]
+    key = DispatchKey("fa2", "fwd", arch, "bf16", head_dim, causal=causal)
+    assert len(set(labels)) == len(labels) and sweep_tiles.label(Cell.of(key)) in labels
+    assert all(needed < available for needed, available in map(sweep_tiles.registers, tried))
+
+
 def test_useful_share() -> None:
-    (cell,) = [c for c in sweep_tiles.candidates(128, True, [(128, 128)], ["static"]) if c.q_stages == 1]
+    (cell,) = [c for c in sweep_tiles.candidates(128, True, [(128, 128)], ["static"]) if c.q_stages == 1 and not c.has_own_overlap]
     assert sweep_tiles.useful_share(cell, 128) == pytest.approx(129 / 256)  # the lower triangle of one block, diagonal included
-    (cell,) = [c for c in sweep_tiles.candidates(128, False, [(128, 128)], ["static"]) if c.q_stages == 1]
+    (cell,) = [c for c in sweep_tiles.candidates(128, False, [(128, 128)], ["static"]) if c.q_stages == 1 and not c.has_own_overlap]
     assert sweep_tiles.useful_share(cell, 256) == 1.0 and sweep_tiles.useful_share(cell, 192) == pytest.approx(192**2 / 256**2)

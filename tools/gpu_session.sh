@@ -26,7 +26,7 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 mkdir -p "$out"
 status=0
 if [ -n "$tests" ]; then
-  eval "python3 -m pytest -q -p no:cacheprovider $tests" > "$out/tests.log" 2>&1 || status=1
+  eval "python3 -m pytest -q -p no:cacheprovider --agreement '$out/agreement.json' $tests" > "$out/tests.log" 2>&1 || status=1
   tail -n 40 "$out/tests.log"
 fi
 if [ "$bench" != skip ]; then

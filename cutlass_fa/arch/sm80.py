@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .limits import table_arch
 
@@ -66,8 +66,10 @@ _HOPPER = _Table(
         80: Fa2FwdTile(4, 32, 32, 2),
         96: Fa2FwdTile(4, 32, 32, 2),
         128: Fa2FwdTile(8, 16, 64, 1),
+        256: Fa2FwdTile(8, 16, 32, 1),
     },
 )
+_BLACKWELL = replace(_HOPPER, tiles=_HOPPER.tiles | _both({128: Fa2FwdTile(4, 32, 48, 2)}))  # 64 keys spill where Hopper's do not
 _AMPERE = _Table(
     tiles=_both(
         {
@@ -106,6 +108,6 @@ _TABLES: dict[str, _Table] = {
     "sm_86": _SMALL,
     "sm_89": _SMALL,
     "sm_90a": _HOPPER,
-    "sm_100": _HOPPER,
+    "sm_100": _BLACKWELL,
     "sm_120": _SMALL,
 }

@@ -162,6 +162,15 @@ class Fa3FwdCell(Cell):
     def has_dynamic_scheduler(self) -> bool:
         return self.tile.scheduler == "dynamic"
 
+    @property
+    def has_own_overlap(self) -> bool:
+        return self.tile.own_overlap
+
+    @property
+    def has_waiting_steps(self) -> bool:
+        """Whether some blocks are taken with P V first: where there is no overlap, and the few masked ones, whose code is then smaller."""
+        return self.is_causal or not self.has_own_overlap
+
     # ---- Params ------------------------------------------------------------------------------------------------------------------
 
     @property

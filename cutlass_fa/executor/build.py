@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -76,11 +78,19 @@ def _compile_kernel(source: Source, runtime: Path, program: Path) -> None:
         unit = Path(scratch) / f"{source.name}.cu"
         unit.write_text(source.text)
         driver = Path(scratch) / "driver.cpp"
-        driver.write_text(f'#include "{unit.name}"\n#include <cutlass_fa_executor/entry.hpp>\nCUTLASS_FA_EXECUTOR_ENTRY({source.entry})\n')
+        entry = f"CUTLASS_FA_EXECUTOR_ENTRY({source.entry}, {_cluster_dims(source)})"
+        driver.write_text(f'#include "{unit.name}"\n#include <cutlass_fa_executor/entry.hpp>\n{entry}\n')
         made = Path(scratch) / "program"
         # The file's own directory is left out of reports: the compiler runs inside it.
         _run([_compiler(), *_KERNEL_FLAGS, *_include_flags(), driver.name, str(runtime), "-no-pie", "-o", made.name], source.name, scratch)
         made.replace(program)
+
+
+def _cluster_dims(source: Source) -> str:
+    """What the entry's __cluster_dims__ says, an expression of the text; "1" where it has none."""
+    code = re.sub(r"//[^\n]*", "", source.text)
+    match = re.search(rf"__cluster_dims__\(([^()]*)\)[^;{{}}]*\b{source.entry}\(", code)
+    return match[1] if match else "1"
 
 
 def _include_flags() -> list[str]:
@@ -96,7 +106,9 @@ def _runtime_object(directory: Path) -> Path:
     if not runtime.exists():
         with tempfile.TemporaryDirectory(dir=directory) as scratch:
             what = "the executor's runtime"
-            _run([_compiler(), *_RUNTIME_FLAGS, *_include_flags(), "-c", *map(str, RUNTIME_SOURCES)], what, scratch)
+            commands = [[_compiler(), *_RUNTIME_FLAGS, *_include_flags(), "-c", str(path)] for path in RUNTIME_SOURCES]
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(lambda command: _run(command, what, scratch), commands))
             objects = [f"{path.stem}.o" for path in RUNTIME_SOURCES]
             made = Path(scratch) / "runtime-of-all.o"
             _run([_compiler(), "-r", "-nostdlib", *objects, "-o", made.name], what, scratch)

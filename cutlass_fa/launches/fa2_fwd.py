@@ -24,17 +24,19 @@ class Fa2FwdPlan:
         self.problem = problem
         self.kernel = kernel
         launch = KernelLaunch(kernel, device, pack_params(problem, cell, device_info(device)), grid_of(problem, cell))
+        self._launch = launch  # owns the memory that the driver is pointed to
         # The first words of Params: q, k, v, o, lse, and the random state where there is one.
         self._words = launch.params
         self._go, self._address = launch.go, launch.address
         self._has_dropout = cell.has_dropout
         self._lock = threading.Lock()
 
-    def run(self, qkvo: tuple[int, int, int, int], lse: int, stream: int, random_state: tuple[int, int] = (0, 0)) -> None:
+    def run(self, qkv: tuple[int, int, int], out: int, lse: int, stream: int, random_state: tuple[int, int] = (0, 0)) -> None:
         """See ForwardPlan."""
         words = self._words
         with self._lock:
-            words[0], words[1], words[2], words[3] = qkvo
+            words[0], words[1], words[2] = qkv
+            words[3] = out
             words[4] = lse
             if self._has_dropout:
                 words[5], words[6] = random_state

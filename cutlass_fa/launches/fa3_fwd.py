@@ -25,7 +25,7 @@ class Fa3FwdPlan:
         device = problem.q.device
         self.problem = problem
         self.kernel = kernel
-        self._maps_q, self._maps_k, self._maps_v = map(TensorMaps, map_geometries(problem, cell))
+        self._maps = TensorMaps(*map_geometries(problem, cell))
         params = pack_params(problem, cell, device_info(device))
         launch = KernelLaunch(kernel, device, params, grid_of(problem, params, device_info(device)), num_maps=3)
         # The first words of Params: o, lse, and tile_counter where there is one.
@@ -34,14 +34,11 @@ class Fa3FwdPlan:
         self._counters = tile_counters(device) if cell.has_dynamic_scheduler else None
         self._lock = threading.Lock()
 
-    def run(self, qkvo: tuple[int, int, int, int], lse: int, stream: int, random_state: tuple[int, int] = (0, 0)) -> None:
+    def run(self, qkv: tuple[int, int, int], out: int, lse: int, stream: int, random_state: tuple[int, int] = (0, 0)) -> None:
         """See ForwardPlan. The kernel has no dropout."""
-        q, k, v, out = qkvo
         arguments, pointers = self._arguments, self._pointers
         with self._lock:
-            arguments[0] = self._maps_q.host_address(q)
-            arguments[1] = self._maps_k.host_address(k)
-            arguments[2] = self._maps_v.host_address(v)
+            arguments[0], arguments[1], arguments[2] = self._maps.host_addresses(qkv)
             pointers[0] = out
             pointers[1] = lse
             if self._counters is not None:

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // cp.async: 16 bytes at a time, landing some time between their issue and their thread's wait.
+#include <algorithm>
 #include <cstring>
 
 #include "machine.hpp"
@@ -27,12 +28,12 @@ void cp_async(void* destination, void const* source, int source_bytes, Site site
   std::uint32_t const offset = shared_offset("cp_async", destination, kGranule, kGranule, site);
   check_overwrite(self->clock, "cp_async", offset, kGranule, site);
   Access& access = access_to(offset / kGranule);
-  access.copier = self->index;
+  access.copier = self->cluster_index;
   access.copy = ++self->copies.issued;
   access.site = site;
-  std::memset(cta.shared + offset, kPoison, kGranule);
+  std::memset(cta->shared + offset, kPoison, kGranule);
   self->copies.acts.push_back({site, offset, address, source_bytes, false});
-  cta.due.push({landing_step(), self->index, self->copies.issued, false});
+  cta->due.push({landing_step(), self->index, self->copies.issued, false});
 }
 
 void land_async_copy(Thread& thread, std::uint32_t seq) {
@@ -41,11 +42,11 @@ void land_async_copy(Thread& thread, std::uint32_t seq) {
   unsigned char unit[kGranule] = {};
   unsigned char poison[kGranule];
   std::memset(poison, kPoison, kGranule);
-  if (std::memcmp(cta.shared + copy->offset, poison, kGranule) != 0) {
+  if (std::memcmp(cta->shared + copy->offset, poison, kGranule) != 0) {
     fault(copy->site, "%s was written while a cp_async to it was in flight", region(copy->offset, kGranule).c_str());
   }
   std::memcpy(unit, reinterpret_cast<void const*>(copy->source), static_cast<std::size_t>(copy->bytes));
-  std::memcpy(cta.shared + copy->offset, unit, kGranule);
+  std::memcpy(cta->shared + copy->offset, unit, kGranule);
   copy->landed = true;
 }
 
@@ -62,17 +63,33 @@ void cp_async_wait(int pending, Site site) {
     land_async_copy(*self, seq);
     copies.acts.pop_front();
   }
-  if (over == 0) { return; }
-  std::vector<std::uint32_t>& known = self->clock.copies;
-  if (known.size() <= static_cast<std::size_t>(self->index)) { known.resize(cta.threads); }
-  known[self->index] = over;
+  if (over != 0) { Clock::set(self->clock.copies, self->cluster_index, over); }
+}
+
+void cp_async_mbarrier_arrive(std::uint64_t* state, Site site) {
+  let_others_run(site);
+  cta->pending_arrivals.push_back({site, find_mbarrier(state, site), self->index, self->copies.issued, landing_step()});
+  self->copies_handed_over = self->copies.issued;
+  let_others_run(site);
+}
+
+// What the arrival releases is the copies, and nothing else that its thread has done.
+void land_async_arrival(AsyncArrival const& arrival) {
+  Thread& thread = *cta->thread[arrival.thread];
+  for (std::uint32_t seq = thread.copies.first(); seq <= arrival.seq; ++seq) {
+    land_async_copy(thread, seq);
+    thread.copies.acts.pop_front();
+  }
+  Clock copies;
+  Clock::set(copies.copies, thread.cluster_index, arrival.seq);
+  arrive_at_mbarrier(arrival.barrier, copies, arrival.site);
 }
 
 void check_async_at_end() {
-  if (!self->copies.acts.empty()) {
-    fault(self->copies.acts.front().site,
-          "a thread ends while %zu of its cp_async are in flight (no cp_async_commit and cp_async_wait after them)",
-          self->copies.acts.size());
+  if (self->copies.first() <= self->copies.issued && self->copies_handed_over < self->copies.issued) {
+    fault(self->copies.acts.back().site,
+          "a thread ends while %zu of its cp_async are in flight (no cp_async_commit and cp_async_wait after them, nor an arrival)",
+          std::min<std::size_t>(self->copies.acts.size(), self->copies.issued - self->copies_handed_over));
   }
   if (self->stores_read != self->stores.issued) {
     fault(self->last, "a thread ends while %u of its tma_stores may be reading shared memory (no tma_store_commit and wait after them)",

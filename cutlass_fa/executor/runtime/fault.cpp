@@ -20,6 +20,7 @@ char const* kind_name(WaitKind kind) {
     case WaitKind::kWarp: return "a shuffle, vote, warp_sync or matrix instruction, for the other lanes of its warp";
     case WaitKind::kRegisters: return "grow_registers_to";
     case WaitKind::kWgmma: return "wgmma_wait, for the other threads of its warpgroup to issue the product";
+    case WaitKind::kCluster: return "cluster_wait";
     case WaitKind::kNone: break;
   }
   return "nothing";
@@ -38,18 +39,25 @@ std::string text(char const* format, ...) {
 std::string describe(Wait const& wait) {
   std::string what = kind_name(wait.kind);
   if (wait.kind == WaitKind::kNamedBarrier || wait.kind == WaitKind::kBlockSync) {
-    NamedBarrier const& barrier = cta.barrier[wait.id];
+    NamedBarrier const& barrier = cta->barrier[wait.id];
     if (wait.kind == WaitKind::kNamedBarrier) { what += text(" %d", wait.id); }
     what += text(", %d of %d threads there", barrier.count, barrier.expected);
   } else if (wait.kind == WaitKind::kMbarrier) {
-    MbarrierState const& barrier = cta.mbarrier[wait.id];
+    MbarrierState const& barrier = cta->mbarrier[wait.id];
     what += text(" on the mbarrier at %s, parity %u; %u phases ended, %u of %u arrivals and %lld bytes missing",
                  region(barrier.offset, 8).c_str(), wait.detail, barrier.phase, barrier.pending, barrier.arrivals,
                  static_cast<long long>(barrier.bytes));
+  } else if (wait.kind == WaitKind::kCluster) {
+    what += text(", %d of the cluster's %d threads have arrived", cluster.arrived, cluster.live);
   } else if (wait.kind == WaitKind::kRegisters) {
-    what += text("<%d>, with %d registers of the CTA free", wait.id, cta.free_registers);
+    what += text("<%d>, with %d registers of the CTA free", wait.id, cta->free_registers);
   }
   return what + place(wait.site);
+}
+
+std::string name_of(Cta const& which) {
+  std::string const name = text("CTA %d", which.index);
+  return cluster.size() == 1 ? name : name + text(" (rank %d of its cluster)", which.rank);
 }
 
 // "0-31, 64": the threads of a set.
@@ -69,7 +77,10 @@ std::string ranges(std::vector<int> const& threads) {
 
 std::string place(Site site) { return site.line == 0 ? std::string() : text(" at %s:%d", site.file, site.line); }
 
-std::string region(std::uint32_t offset, std::uint32_t bytes) { return text("shared [%u, %u)", offset, offset + bytes); }
+std::string region(std::uint32_t offset, std::uint32_t bytes) {
+  std::string const where = text("shared [%u, %u)", offset, offset + bytes);
+  return cluster.size() == 1 ? where : where + text(" of CTA rank %d", cta->rank);
+}
 
 void fault(Site site, char const* format, ...) {
   std::fprintf(stderr, "fault: ");
@@ -77,12 +88,9 @@ void fault(Site site, char const* format, ...) {
   va_start(arguments, format);
   std::vfprintf(stderr, format, arguments);
   va_end(arguments);
-  std::fprintf(stderr, "\n ");
+  std::fprintf(stderr, "\n  %s", name_of(self != nullptr ? *self->cta : *cta).c_str());
   if (self != nullptr) {
-    std::fprintf(stderr, " CTA %d, thread %d (warpgroup %d, warp %d, lane %d)", cta.index, self->index, self->warpgroup(), self->warp(),
-                 self->index % kWarp);
-  } else {
-    std::fprintf(stderr, " CTA %d", cta.index);
+    std::fprintf(stderr, ", thread %d (warpgroup %d, warp %d, lane %d)", self->index, self->warpgroup(), self->warp(), self->index % kWarp);
   }
   std::fprintf(stderr, "%s\n", place(site).c_str());
   std::fflush(stderr);
@@ -90,12 +98,18 @@ void fault(Site site, char const* format, ...) {
 }
 
 void report_deadlock() {
-  std::map<std::string, std::vector<int>> waiting;
-  for (auto const& thread : cta.thread) {
-    if (!thread->finished) { waiting[describe(thread->wait)].push_back(thread->index); }
+  std::string where, waits;
+  for (auto const& each : cluster.cta) {
+    Within const within(*each);
+    std::map<std::string, std::vector<int>> waiting;
+    for (auto const& thread : each->thread) {
+      if (!thread->finished) { waiting[describe(thread->wait)].push_back(thread->index); }
+    }
+    where += (where.empty() ? "" : " or ") + name_of(*each);
+    if (cluster.size() > 1) { waits += "  " + name_of(*each) + (waiting.empty() ? ": has ended\n" : ":\n"); }
+    for (auto const& [what, threads] : waiting) { waits += "  threads " + ranges(threads) + " wait in " + what + "\n"; }
   }
-  std::fprintf(stderr, "deadlock: no thread of CTA %d can run and no copy is in flight\n", cta.index);
-  for (auto const& [what, threads] : waiting) { std::fprintf(stderr, "  threads %s wait in %s\n", ranges(threads).c_str(), what.c_str()); }
+  std::fprintf(stderr, "deadlock: no thread of %s can run and no copy is in flight\n%s", where.c_str(), waits.c_str());
   std::fflush(stderr);
   _exit(kFaultStatus);
 }

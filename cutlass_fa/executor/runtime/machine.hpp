@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The state of one CTA: threads, barriers, copies in flight, matrix products in flight, and what is known about every 16 bytes of shared
-// memory. CTAs run one after another, so there is one of these at a time (`cta`), and one thread that runs (`self`).
+// The state of a CTA: threads, barriers, copies in flight, matrix products in flight, and what is known about every 16 bytes of shared
+// memory. The CTAs of a cluster run together, clusters one after another. One thread runs at a time (`self`); `cta` is the CTA whose
+// shared memory and barriers an act is about: that thread's own, except inside a scope of Within.
 #pragma once
 
 #include <array>
@@ -24,25 +25,30 @@ constexpr int kMaxThreads = 1024;
 constexpr int kMaxWarps = kMaxThreads / kWarp;
 constexpr int kMaxWarpgroups = kMaxThreads / kWarpgroup;
 constexpr int kMaxMbarriers = 64;
+constexpr int kMaxClusterCtas = 2;
 constexpr int kNamedBarriers = 15;  // the hardware's sixteenth is __syncthreads'
 constexpr std::uint32_t kSharedBase = 1024;  // the shared window's first KB belongs to the system on sm_90
 constexpr int kGranule = 16;  // bytes; no copy and no matrix operand starts or ends inside one
 
 constexpr int kFirstAccess = kMaxWarps + kMaxMbarriers;
+constexpr int kCtaEntries = kFirstAccess + kMaxWarps;
 
-// A vector clock: what a thread knows to be over. Entry w: how many wgmmas of warp w (its `seq`). Entry kMaxWarps + b: 1 when mbarrier b
-// is initialised, plus its phases that have ended. Entry kFirstAccess + w: how many ldmatrix and stmatrix of warp w. Synchronisation
-// merges clocks; whatever an act needs to be over must be in its thread's clock, so that a missing barrier shows on every schedule, not
-// only on the unlucky one.
+// A vector clock: what a thread knows to be over. Each CTA of the cluster has kCtaEntries entries (Cta's *_entry functions find them).
+// Entry w: how many wgmmas of warp w (its `seq`). Entry kMaxWarps + b: 1 when mbarrier b is initialised, plus its phases that have ended.
+// Entry kFirstAccess + w: how many ldmatrix and stmatrix of warp w. Synchronisation merges clocks; whatever an act needs to be over must
+// be in its thread's clock, so that a missing barrier shows on every schedule, not only on the unlucky one.
 struct Clock {
-  std::array<std::uint32_t, kFirstAccess + kMaxWarps> at{};
-  // By thread: its cp.asyncs that have landed, its TMA stores that have read their source. Empty until one was waited for.
-  std::vector<std::uint32_t> copies, stores;
+  std::array<std::uint32_t, kMaxClusterCtas * kCtaEntries> at{};
+  // By thread of the cluster: its cp.asyncs that have landed, its TMA stores that have read their source, its acts on the shared memory of
+  // other CTAs. Empty until there was one.
+  std::vector<std::uint32_t> copies, stores, remote_acts;
 
-  void merge(Clock const& other) {
-    for (std::size_t i = 0; i < at.size(); ++i) { at[i] = other.at[i] > at[i] ? other.at[i] : at[i]; }
-    merge_into(copies, other.copies);
-    merge_into(stores, other.stores);
+  void merge(Clock const& other);
+
+  // Notes that what `thread` has done up to `seq` is over.
+  static void set(std::vector<std::uint32_t>& mine, int thread, std::uint32_t seq) {
+    if (mine.size() <= static_cast<std::size_t>(thread)) { mine.resize(static_cast<std::size_t>(thread) + 1); }
+    mine[static_cast<std::size_t>(thread)] = seq;
   }
 
  private:
@@ -52,7 +58,7 @@ struct Clock {
   }
 };
 
-enum class WaitKind { kNone, kBlockSync, kNamedBarrier, kMbarrier, kWarp, kRegisters, kWgmma };
+enum class WaitKind { kNone, kBlockSync, kNamedBarrier, kMbarrier, kWarp, kRegisters, kWgmma, kCluster };
 
 // What a blocked thread waits for.
 struct Wait {
@@ -136,6 +142,15 @@ struct AsyncCopy {
   bool landed;
 };
 
+// An arrival at an mbarrier that follows a thread's cp.asyncs by itself.
+struct AsyncArrival {
+  Site site;
+  int barrier;
+  int thread;         // of the CTA
+  std::uint32_t seq;  // the thread's copies up to this one
+  std::uint64_t due;  // scheduler step
+};
+
 // A TMA store or reduction.
 struct AsyncStore {
   char const* name;  // of the act
@@ -167,7 +182,7 @@ struct AsyncQueue {
 // When an act lands at the latest; before that, its thread's wait may do it.
 struct Due {
   std::uint64_t step;
-  int thread;
+  int thread;  // of the CTA
   std::uint32_t seq;
   bool is_store;
 
@@ -176,8 +191,12 @@ struct Due {
 
 // ---- threads -----------------------------------------------------------------------------------------------------------------------
 
+struct Cta;
+
 struct Thread {
+  Cta* cta = nullptr;
   int index = 0;
+  int cluster_index = 0;  // among the threads of the cluster, CTA after CTA
   bool finished = false;
   Wait wait;
   Site last;  // its latest act
@@ -197,6 +216,11 @@ struct Thread {
   AsyncQueue<AsyncCopy> copies;
   AsyncQueue<AsyncStore> stores;
   std::uint32_t stores_read = 0;  // how many of them are known to have read their source
+  std::uint32_t copies_handed_over = 0;  // to an mbarrier (cp_async_mbarrier_arrive)
+
+  std::uint32_t remote_acts = 0;  // on the shared memory of other CTAs
+  std::uint32_t cluster_phase = 0;  // how many times it has gone through the cluster's barrier
+  bool is_at_cluster_barrier = false;  // has arrived, and not waited
 
   int warp() const { return index / kWarp; }
   int warpgroup() const { return index / kWarpgroup; }
@@ -281,10 +305,18 @@ struct Access {
   Site site;  // of the copy or the write
 };
 
-// ---- the CTA -----------------------------------------------------------------------------------------------------------------------
+// ---- the CTA and its cluster ---------------------------------------------------------------------------------------------------------
+
+// The latest act of a thread of another CTA on this one's shared memory.
+struct RemoteAct {
+  std::uint32_t seq = 0;
+  char const* name = "";
+  Site site;
+};
 
 struct Cta {
   int index = 0;
+  int rank = 0;  // in its cluster
   int threads = 0;
   int live = 0;
   int free_registers = 0;
@@ -301,11 +333,50 @@ struct Cta {
   std::vector<Granule> granule;
   std::vector<Access> access;  // by granule; empty until the first such act
   std::priority_queue<Due> due;
+  std::vector<AsyncArrival> pending_arrivals;
+  std::vector<RemoteAct> touched_by;  // by thread of the cluster; empty until the first
+  Clock at_end;                       // what its threads that have ended knew
   std::array<std::uint32_t, kMaxWarps> runnable{};  // a bit for each lane
+
+  std::size_t wgmma_entry(int warp) const { return static_cast<std::size_t>(rank * kCtaEntries + warp); }
+  std::size_t mbarrier_entry(int id) const { return static_cast<std::size_t>(rank * kCtaEntries + kMaxWarps + id); }
+  std::size_t access_entry(int warp) const { return static_cast<std::size_t>(rank * kCtaEntries + kFirstAccess + warp); }
 };
 
-extern Cta cta;
+// The CTAs of a cluster, by rank, and their common barrier. A kernel without clusters has clusters of one.
+struct Cluster {
+  std::vector<std::unique_ptr<Cta>> cta;
+  int live = 0;      // threads
+  int arrived = 0;   // of them, at the barrier
+  std::uint32_t phase = 0;
+  Clock arriving, released;
+
+  int size() const { return static_cast<int>(cta.size()); }
+};
+
+extern Cluster cluster;
+extern Cta* cta;
 extern Thread* self;
+
+// For as long as this lives, `cta` is another CTA of the cluster. Nothing in its scope may let other threads run.
+class Within {
+ public:
+  explicit Within(Cta& other) : before_(cta) { cta = &other; }
+  ~Within() { cta = before_; }
+  Within(Within const&) = delete;
+  Within& operator=(Within const&) = delete;
+
+ private:
+  Cta* before_;
+};
+
+inline void Clock::merge(Clock const& other) {
+  std::size_t const entries = static_cast<std::size_t>(cluster.size() * kCtaEntries);
+  for (std::size_t i = 0; i < entries; ++i) { at[i] = other.at[i] > at[i] ? other.at[i] : at[i]; }
+  merge_into(copies, other.copies);
+  merge_into(stores, other.stores);
+  merge_into(remote_acts, other.remote_acts);
+}
 
 // ---- scheduler.cpp -----------------------------------------------------------------------------------------------------------------
 
@@ -321,7 +392,7 @@ class Random {
 extern Random hostility;
 
 void seed_hostility(std::uint64_t seed);
-void run_cta(void (*kernel)());
+void run_cluster(void (*kernel)());
 void block(WaitKind kind, int id, std::uint32_t detail, Site site);  // until someone wakes this thread
 void wake(Thread& thread);
 void let_others_run(Site site);  // perhaps
@@ -351,18 +422,29 @@ std::uint32_t shared_offset(char const* act, void const* pointer, std::uint32_t 
 // ---- cp_async.cpp, tma_store.cpp ---------------------------------------------------------------------------------------------------
 
 void land_async_copy(Thread& thread, std::uint32_t seq);
+void land_async_arrival(AsyncArrival const& arrival);
 void land_store(Thread& thread, std::uint32_t seq);
 void check_async_at_end();  // of a thread
 void land_stores_at_end();  // of the CTA
+bool knows(std::vector<std::uint32_t> const& clock, int thread, std::uint32_t seq);  // of that thread's acts
+
+// ---- clusters.cpp ------------------------------------------------------------------------------------------------------------------
+
+// Another CTA of the cluster, whose shared memory this thread is about to touch: it must have started as far as this thread knows, and
+// not have ended.
+Cta& other_cta(char const* act, int rank, Site site);
+void leave_cluster_barrier();  // a thread ends
+void check_cluster_at_end();   // of the CTA: nobody may still touch its shared memory
 
 // ---- barriers.cpp, copies.cpp, wgmma.cpp, registers.cpp ------------------------------------------------------------------------------
 
 void land(int copy);
+void check_copies_at_end();  // of the CTA
 void complete_bytes(int barrier, std::uint32_t bytes, Site site);
 int find_mbarrier(std::uint64_t const* state, Site site);
+void arrive_at_mbarrier(int barrier, Clock const& clock, Site site);
 void check_wgmma_at_end();
 void check_registers_at_end();
-void check_cta_end();
 void reset_registers();
 
 // ---- fault.cpp ---------------------------------------------------------------------------------------------------------------------
@@ -370,7 +452,7 @@ void reset_registers();
 [[noreturn]] void fault(Site site, char const* format, ...) __attribute__((format(printf, 2, 3)));
 [[noreturn]] void report_deadlock();
 std::string place(Site site);
-std::string region(std::uint32_t offset, std::uint32_t bytes);
+std::string region(std::uint32_t offset, std::uint32_t bytes);  // of `cta`
 
 // ---- main.cpp ----------------------------------------------------------------------------------------------------------------------
 

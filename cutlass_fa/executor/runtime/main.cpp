@@ -20,6 +20,7 @@
 
 extern int const cutlass_fa_argument_count;
 extern std::size_t const* const cutlass_fa_argument_bytes;
+extern int const cutlass_fa_cluster_ctas;
 void cutlass_fa_call_kernel(void const* const* addresses);
 
 namespace cutlass_fa::executor {
@@ -111,8 +112,8 @@ void on_signal(int signal, siginfo_t* info, void* context) {
     std::fprintf(stderr, "fault: a thread's stack overflows");
   } else {
     std::string nearest;
-    if (address >= reinterpret_cast<std::uint64_t>(cta.shared) &&
-        address - reinterpret_cast<std::uint64_t>(cta.shared) < cta.shared_bytes + kPage) {
+    if (cta != nullptr && address >= reinterpret_cast<std::uint64_t>(cta->shared) &&
+        address - reinterpret_cast<std::uint64_t>(cta->shared) < cta->shared_bytes + kPage) {
       nearest = "behind the end of shared memory";
     } else {
       is_global(address, 1, nearest);
@@ -120,7 +121,7 @@ void on_signal(int signal, siginfo_t* info, void* context) {
     std::fprintf(stderr, "fault: an access to address %#llx (%s)", static_cast<unsigned long long>(address), nearest.c_str());
   }
   std::fprintf(stderr, "\n  pc %#llx\n", static_cast<unsigned long long>(pc));
-  std::fprintf(stderr, "  CTA %d", cta.index);
+  std::fprintf(stderr, "  CTA %d", cta != nullptr ? cta->index : 0);
   if (self != nullptr) { std::fprintf(stderr, ", thread %d, after its act%s", self->index, place(self->last).c_str()); }
   std::fprintf(stderr, "\n");
   std::fflush(stderr);
@@ -140,17 +141,19 @@ void catch_signals(unsigned time_limit_s) {
 }
 
 // Shared memory starts at a multiple of 1024 and ends right before a page without access.
-void map_shared(std::uint32_t bytes) {
+void map_shared(Cta& of, std::uint32_t bytes) {
   if (bytes % 1024 != 0) { refuse("shared memory is not a multiple of 1024 bytes"); }
   std::size_t const room = (bytes + kPage - 1) / kPage * kPage;
   auto* const memory = static_cast<char*>(mmap(nullptr, room + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
   mprotect(memory + room, kPage, PROT_NONE);
-  cta.shared = memory + room - bytes;
-  cta.shared_bytes = bytes;
+  of.shared = memory + room - bytes;
+  of.shared_bytes = bytes;
 }
 
 void reset_thread(Thread& thread, int index) {
+  thread.cta = cta;
   thread.index = index;
+  thread.cluster_index = cta->rank * cta->threads + index;
   thread.finished = false;
   thread.wait = {};
   thread.clock = {};
@@ -163,29 +166,56 @@ void reset_thread(Thread& thread, int index) {
   thread.pins.clear();
   thread.copies = {};
   thread.stores = {};
-  thread.stores_read = 0;
+  thread.stores_read = thread.copies_handed_over = 0;
+  thread.remote_acts = thread.cluster_phase = 0;
+  thread.is_at_cluster_barrier = false;
 }
 
 void reset_cta(int index, Request const& request) {
-  cta.index = index;
-  cta.threads = cta.live = static_cast<int>(request.threads);
-  while (cta.thread.size() < request.threads) { cta.thread.push_back(std::make_unique<Thread>()); }
-  for (std::size_t i = 0; i < cta.thread.size(); ++i) { reset_thread(*cta.thread[i], static_cast<int>(i)); }
-  cta.warp.assign(request.threads / kWarp, Warp{});
-  cta.warpgroup.clear();
-  cta.warpgroup.resize((request.threads + kWarpgroup - 1) / kWarpgroup);
-  cta.barrier.fill(NamedBarrier{});
-  cta.mbarrier.clear();
-  cta.copies.clear();
-  cta.pending_copies.clear();
-  cta.runnable.fill(0);
-  std::memset(cta.shared, kPoison, cta.shared_bytes);
-  cta.published.assign(cta.shared, cta.shared + cta.shared_bytes);
-  cta.granule.assign(cta.shared_bytes / kGranule, Granule{});
-  cta.access.clear();
-  cta.due = {};
+  cta->index = index;
+  cta->rank = index % cluster.size();
+  cta->threads = cta->live = static_cast<int>(request.threads);
+  while (cta->thread.size() < request.threads) { cta->thread.push_back(std::make_unique<Thread>()); }
+  for (std::size_t i = 0; i < cta->thread.size(); ++i) { reset_thread(*cta->thread[i], static_cast<int>(i)); }
+  cta->warp.assign(request.threads / kWarp, Warp{});
+  cta->warpgroup.clear();
+  cta->warpgroup.resize((request.threads + kWarpgroup - 1) / kWarpgroup);
+  cta->barrier.fill(NamedBarrier{});
+  cta->mbarrier.clear();
+  cta->copies.clear();
+  cta->pending_copies.clear();
+  cta->pending_arrivals.clear();
+  cta->touched_by.clear();
+  cta->at_end = Clock{};
+  cta->runnable.fill(0);
+  std::memset(cta->shared, kPoison, cta->shared_bytes);
+  cta->published.assign(cta->shared, cta->shared + cta->shared_bytes);
+  cta->granule.assign(cta->shared_bytes / kGranule, Granule{});
+  cta->access.clear();
+  cta->due = {};
   reset_registers();
-  blockIdx = {static_cast<unsigned>(index), 0, 0};
+}
+
+void make_cluster(Request const& request) {
+  if (cutlass_fa_cluster_ctas < 1 || cutlass_fa_cluster_ctas > kMaxClusterCtas) {
+    refuse("clusters of 1 or 2 CTAs are built (kMaxClusterCtas); the kernel's __cluster_dims__ says otherwise");
+  }
+  if (request.grid % static_cast<std::uint32_t>(cutlass_fa_cluster_ctas) != 0) { refuse("the grid is not a multiple of the cluster"); }
+  for (int rank = 0; rank < cutlass_fa_cluster_ctas; ++rank) {
+    cluster.cta.push_back(std::make_unique<Cta>());
+    map_shared(*cluster.cta.back(), request.shared_bytes);
+  }
+}
+
+void reset_cluster(int first_index, Request const& request) {
+  cluster.live = cluster.size() * static_cast<int>(request.threads);
+  cluster.arrived = 0;
+  cluster.phase = 0;
+  cluster.arriving = cluster.released = Clock{};
+  for (int rank = 0; rank < cluster.size(); ++rank) {
+    Within const within(*cluster.cta[rank]);
+    reset_cta(first_index + rank, request);
+  }
 }
 
 void call_kernel() { cutlass_fa_call_kernel(arguments.data()); }
@@ -225,19 +255,19 @@ bool is_global(std::uint64_t address, std::uint64_t bytes, std::string& nearest)
 }
 
 void* dynamic_shared_memory(std::size_t bytes_needed, Site site) {
-  if (bytes_needed > cta.shared_bytes) {
-    fault(site, "the kernel's shared memory is %zu bytes, the launch's %u", bytes_needed, cta.shared_bytes);
+  if (bytes_needed > cta->shared_bytes) {
+    fault(site, "the kernel's shared memory is %zu bytes, the launch's %u", bytes_needed, cta->shared_bytes);
   }
-  return cta.shared;
+  return cta->shared;
 }
 
 std::uint32_t shared_address(void const* pointer) {
-  return kSharedBase + static_cast<std::uint32_t>(static_cast<char const*>(pointer) - cta.shared);
+  return kSharedBase + static_cast<std::uint32_t>(static_cast<char const*>(pointer) - cta->shared);
 }
 
 // A thread's fence publishes its own writes; whose they are is not known here, so it publishes all that there are.
 void fence_async_proxy(Site site) {
-  std::memcpy(cta.published.data(), cta.shared, cta.shared_bytes);
+  std::memcpy(cta->published.data(), cta->shared, cta->shared_bytes);
   let_others_run(site);
 }
 
@@ -249,26 +279,18 @@ void check_atomic(void const* address, std::size_t bytes, Site site) {
   if (at % bytes != 0) { fault(site, "an atomic at an address that is not a multiple of %zu bytes", bytes); }
 }
 
-void check_cta_end() {
-  if (!cta.pending_copies.empty()) {
-    Copy const& copy = cta.copies[cta.pending_copies.front()];
-    fault(copy.site, "the CTA ends while a copy to %s is in flight", region(copy.offset, copy.bytes).c_str());
-  }
-  check_registers_at_end();
-}
-
 int run(char const* request_path, char const* result_path) {
   read_request(request_path);
   Request const& request = *at<Request>(0, 1);
   for (Buffer const& buffer : buffers) { map_buffer(buffer); }
-  map_shared(request.shared_bytes);
+  make_cluster(request);
   catch_signals(request.time_limit_s);
   gridDim = {request.grid, 1, 1};
   blockDim = {request.threads, 1, 1};
   seed_hostility(request.seed);
-  for (std::uint32_t index = 0; index < request.grid; ++index) {
-    reset_cta(static_cast<int>(index), request);
-    run_cta(call_kernel);
+  for (int index = 0; index < static_cast<int>(request.grid); index += cluster.size()) {
+    reset_cluster(index, request);
+    run_cluster(call_kernel);
   }
   std::ofstream out(result_path, std::ios::binary);
   for (Buffer const& buffer : buffers) {

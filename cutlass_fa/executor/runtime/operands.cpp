@@ -63,13 +63,13 @@ class Reader {
 
   void unit(Descriptor const& d, std::uint32_t address, ElementKind element, char const* operand, float* out, int pitch) {
     std::uint32_t const at = swizzled(d, address);
-    if (at < kSharedBase || at + kGranule > kSharedBase + cta.shared_bytes) {
+    if (at < kSharedBase || at + kGranule > kSharedBase + cta->shared_bytes) {
       fault(op_.site, "wgmma reads operand %s at shared byte %d: shared memory has %u", operand,
-            static_cast<int>(at) - static_cast<int>(kSharedBase), cta.shared_bytes);
+            static_cast<int>(at) - static_cast<int>(kSharedBase), cta->shared_bytes);
     }
     std::uint32_t const offset = at - kSharedBase;
     WgmmaOp::Read read{offset, {}};
-    std::memcpy(read.bytes.data(), cta.shared + offset, kGranule);
+    std::memcpy(read.bytes.data(), cta->shared + offset, kGranule);
     check(offset, read.bytes, operand);
     int const bytes = element_bytes(element);
     for (int i = 0; i < kGranule / bytes; ++i) {
@@ -82,12 +82,12 @@ class Reader {
 
  private:
   void check(std::uint32_t offset, std::array<unsigned char, kGranule> const& bytes, char const* operand) {
-    Granule& granule = cta.granule[offset / kGranule];
+    Granule& granule = cta->granule[offset / kGranule];
     granule.read_by[warpgroup_] = seq_;
-    if (!cta.access.empty() && (cta.access[offset / kGranule].copy | cta.access[offset / kGranule].write) != 0) {
+    if (!cta->access.empty() && (cta->access[offset / kGranule].copy | cta->access[offset / kGranule].write) != 0) {
       op_.granules.push_back(offset);
     }
-    if (std::memcmp(bytes.data(), cta.published.data() + offset, kGranule) != 0) {
+    if (std::memcmp(bytes.data(), cta->published.data() + offset, kGranule) != 0) {
       fault(op_.site, "wgmma reads operand %s at %s, written by plain stores that no fence_async_proxy has followed", operand,
             region(offset, kGranule).c_str());
     }
@@ -99,13 +99,13 @@ class Reader {
       return;
     }
     if (granule.copy == latest_copy_) { return; }
-    Copy const& copy = cta.copies[granule.copy - 1];
+    Copy const& copy = cta->copies[granule.copy - 1];
     if (!copy.landed) {
       fault(op_.site, "wgmma reads operand %s at %s, destination of a copy in flight%s", operand, region(offset, kGranule).c_str(),
             place(copy.site).c_str());
     }
     latest_copy_ = granule.copy;
-    op_.needs.push_back({kMaxWarps + copy.barrier, copy.phase + 2});
+    op_.needs.push_back({static_cast<int>(cta->mbarrier_entry(copy.barrier)), copy.phase + 2});
     op_.origin.push_back({static_cast<int>(granule.copy - 1), offset});
   }
 
@@ -167,7 +167,7 @@ void read_operands(WgmmaOp& op, int warpgroup, std::uint32_t seq) {
 
 bool operands_are_unchanged(WgmmaOp const& op) {
   for (WgmmaOp::Read const& read : op.reads) {
-    if (std::memcmp(read.bytes.data(), cta.shared + read.offset, kGranule) != 0) { return false; }
+    if (std::memcmp(read.bytes.data(), cta->shared + read.offset, kGranule) != 0) { return false; }
   }
   return true;
 }

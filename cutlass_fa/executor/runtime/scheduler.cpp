@@ -13,7 +13,8 @@ CutlassFaIndex threadIdx, blockIdx, gridDim, blockDim;
 
 namespace cutlass_fa::executor {
 
-Cta cta;
+Cluster cluster;
+Cta* cta = nullptr;
 Thread* self = nullptr;
 Random hostility{0};
 
@@ -24,7 +25,7 @@ enum class Landing { kEarliest, kLatest, kAny };
 struct Policy {
   bool fair = true;
   Landing landing = Landing::kAny;
-  std::array<std::uint32_t, kMaxWarps> priority{};
+  std::array<std::uint32_t, kMaxClusterCtas * kMaxWarps> priority{};  // of each CTA's warps
   std::uint64_t next_change = 0;
 };
 
@@ -35,13 +36,18 @@ Policy policy;
 std::uint64_t step = 0;
 void (*entry)() = nullptr;
 
-// Every other time whole warpgroups rank behind each other, so that a producer or a consumer is left behind as one.
+// Every other time whole warpgroups rank behind each other, so that a producer or a consumer is left behind as one; and of a cluster's CTAs,
+// every other time, whole CTAs.
 void change_priorities() {
-  bool const by_warpgroup = hostility.below(2) == 0;
-  std::array<std::uint32_t, kMaxWarpgroups> rank{};
-  for (auto& each : rank) { each = by_warpgroup ? hostility.below(1u << 8) << 16 : 0; }
-  for (std::size_t w = 0; w < policy.priority.size(); ++w) {
-    policy.priority[w] = rank[w * kWarp / kWarpgroup] + hostility.below(1u << 16);
+  for (auto const& each : cluster.cta) {
+    bool const by_warpgroup = hostility.below(2) == 0;
+    bool const by_cta = cluster.size() > 1 && hostility.below(2) == 0;
+    std::uint32_t const cta_rank = by_cta ? hostility.below(1u << 6) << 24 : 0;
+    std::array<std::uint32_t, kMaxWarpgroups> rank{};
+    for (auto& mine : rank) { mine = by_warpgroup ? hostility.below(1u << 8) << 16 : 0; }
+    for (int w = 0; w < kMaxWarps; ++w) {
+      policy.priority[each->rank * kMaxWarps + w] = cta_rank + rank[w * kWarp / kWarpgroup] + hostility.below(1u << 16);
+    }
   }
   policy.next_change = step + 1 + hostility.below(2 * kMeanStepsBetweenChanges);
 }
@@ -52,26 +58,36 @@ void fiber_main() {
   check_wgmma_at_end();
   check_async_at_end();
   self->finished = true;
-  --cta.live;
-  cta.runnable[self->warp()] &= ~(1u << self->index % kWarp);
+  cta->at_end.merge(self->clock);
+  --cta->live;
+  --cluster.live;
+  cta->runnable[self->warp()] &= ~(1u << self->index % kWarp);
+  leave_cluster_barrier();
   self->fiber.suspend();
 }
 
-int pick_warp() {
-  int const warps = static_cast<int>(cta.warp.size());
-  if (!policy.fair) {
-    int best = -1;
-    for (int w = 0; w < warps; ++w) {
-      if (cta.runnable[w] != 0 && (best < 0 || policy.priority[w] > policy.priority[best])) { best = w; }
-    }
-    return best;
-  }
-  int const start = static_cast<int>(hostility.below(static_cast<std::uint32_t>(warps)));
+struct WarpChoice {
+  Cta* cta = nullptr;
+  int warp = 0;
+};
+
+WarpChoice pick_warp() {
+  int const warps_per_cta = static_cast<int>(cluster.cta[0]->warp.size());
+  int const warps = warps_per_cta * cluster.size();
+  int const start = policy.fair ? static_cast<int>(hostility.below(static_cast<std::uint32_t>(warps))) : 0;
+  WarpChoice best;
+  std::uint32_t highest = 0;
   for (int i = 0; i < warps; ++i) {
-    int const w = (start + i) % warps;
-    if (cta.runnable[w] != 0) { return w; }
+    int const at = start + i < warps ? start + i : start + i - warps;
+    WarpChoice const choice{cluster.cta[at / warps_per_cta].get(), at % warps_per_cta};
+    if (choice.cta->runnable[choice.warp] == 0) { continue; }
+    if (policy.fair) { return choice; }
+    std::uint32_t const priority = policy.priority[choice.cta->rank * kMaxWarps + choice.warp];
+    if (best.cta != nullptr && priority <= highest) { continue; }
+    best = choice;
+    highest = priority;
   }
-  return -1;
+  return best;
 }
 
 int pick_lane(std::uint32_t runnable) {
@@ -80,41 +96,88 @@ int pick_lane(std::uint32_t runnable) {
   return (std::countr_zero(rotated) + skip) % kWarp;
 }
 
-void resume(Thread& thread) {
-  self = &thread;
-  threadIdx = {static_cast<unsigned>(thread.index), 0, 0};
-  thread.fiber.resume();
-  self = nullptr;
+void end_cta() {
+  land_stores_at_end();
+  check_copies_at_end();
+  check_cluster_at_end();
+  check_registers_at_end();
 }
 
-// Lands every copy that is due; with `force`, at least one.
-void land_due_copies(bool force) {
-  auto& pending = cta.pending_copies;
+void resume(Cta& of, int index) {
+  Thread& thread = *of.thread[index];
+  cta = &of;
+  self = &thread;
+  threadIdx = {static_cast<unsigned>(thread.index), 0, 0};
+  blockIdx = {static_cast<unsigned>(of.index), 0, 0};
+  thread.fiber.resume();
+  self = nullptr;
+  cta = &of;
+  if (of.live == 0) { end_cta(); }
+}
+
+template <class Item>
+Item take(std::vector<Item>& items, std::size_t i) {
+  Item const item = items[i];
+  items[i] = items.back();
+  items.pop_back();
+  return item;
+}
+
+// Lands every copy of `cta` that is due, and lets every arrival come that is.
+void land_due_copies() {
+  auto& pending = cta->pending_copies;
   for (std::size_t i = 0; i < pending.size();) {
-    if (cta.copies[pending[i]].due > step) {
+    if (cta->copies[pending[i]].due > step) {
       ++i;
       continue;
     }
-    int const copy = pending[i];
-    pending[i] = pending.back();
-    pending.pop_back();
-    force = false;
-    land(copy);
+    land(take(pending, i));
   }
-  if (force && !pending.empty()) {
-    std::size_t const i = hostility.below(static_cast<std::uint32_t>(pending.size()));
-    int const copy = pending[i];
-    pending[i] = pending.back();
-    pending.pop_back();
-    land(copy);
+  auto& arrivals = cta->pending_arrivals;
+  for (std::size_t i = 0; i < arrivals.size();) {
+    if (arrivals[i].due > step) {
+      ++i;
+      continue;
+    }
+    land_async_arrival(take(arrivals, i));
   }
 }
 
+// Lands a copy, or lets an arrival come, that is not due yet; false when there is none in the whole cluster.
+bool land_something() {
+  std::size_t total = 0;
+  for (auto const& each : cluster.cta) { total += each->pending_copies.size() + each->pending_arrivals.size(); }
+  if (total == 0) { return false; }
+  std::size_t i = hostility.below(static_cast<std::uint32_t>(total));
+  for (auto const& each : cluster.cta) {
+    Within const within(*each);
+    if (i < each->pending_copies.size()) {
+      land(take(each->pending_copies, i));
+      return true;
+    }
+    i -= each->pending_copies.size();
+    if (i < each->pending_arrivals.size()) {
+      land_async_arrival(take(each->pending_arrivals, i));
+      return true;
+    }
+    i -= each->pending_arrivals.size();
+  }
+  return false;
+}
+
 void land_due_acts() {
-  while (!cta.due.empty() && cta.due.top().step <= step) {
-    Due const due = cta.due.top();
-    cta.due.pop();
-    (due.is_store ? land_store : land_async_copy)(*cta.thread[due.thread], due.seq);
+  while (!cta->due.empty() && cta->due.top().step <= step) {
+    Due const due = cta->due.top();
+    cta->due.pop();
+    (due.is_store ? land_store : land_async_copy)(*cta->thread[due.thread], due.seq);
+  }
+}
+
+void land_what_is_due() {
+  for (auto const& each : cluster.cta) {
+    Within const within(*each);
+    land_due_copies();
+    land_due_acts();
   }
 }
 
@@ -145,41 +208,37 @@ std::uint64_t landing_step() {
   return hostility.below(4) == 0 ? ~0ull : step + hostility.below(kLongestDelay);
 }
 
-void run_cta(void (*kernel)()) {
+void run_cluster(void (*kernel)()) {
   entry = kernel;
   step = 0;
   change_priorities();
-  for (auto& thread : cta.thread) {
-    thread->fiber.start(fiber_main);
-    wake(*thread);
+  for (auto const& each : cluster.cta) {
+    for (auto& thread : each->thread) {
+      thread->fiber.start(fiber_main);
+      wake(*thread);
+    }
   }
-  while (cta.live > 0) {
+  while (cluster.live > 0) {
     ++step;
     if (step >= policy.next_change) { change_priorities(); }
-    if (!cta.pending_copies.empty()) { land_due_copies(false); }
-    land_due_acts();
-    int warp = pick_warp();
-    while (warp < 0 && !cta.pending_copies.empty()) {
-      land_due_copies(true);
-      warp = pick_warp();
-    }
-    if (warp < 0) { report_deadlock(); }
-    resume(*cta.thread[warp * kWarp + pick_lane(cta.runnable[warp])]);
+    land_what_is_due();
+    WarpChoice choice = pick_warp();
+    while (choice.cta == nullptr && land_something()) { choice = pick_warp(); }
+    if (choice.cta == nullptr) { report_deadlock(); }
+    resume(*choice.cta, choice.warp * kWarp + pick_lane(choice.cta->runnable[choice.warp]));
   }
-  land_stores_at_end();
-  check_cta_end();
 }
 
 void block(WaitKind kind, int id, std::uint32_t detail, Site site) {
   self->wait = {kind, id, detail, site};
   self->last = site;
-  cta.runnable[self->warp()] &= ~(1u << self->index % kWarp);
+  cta->runnable[self->warp()] &= ~(1u << self->index % kWarp);
   self->fiber.suspend();
 }
 
 void wake(Thread& thread) {
   thread.wait.kind = WaitKind::kNone;
-  cta.runnable[thread.warp()] |= 1u << thread.index % kWarp;
+  thread.cta->runnable[thread.warp()] |= 1u << thread.index % kWarp;
 }
 
 void let_others_run(Site site) {

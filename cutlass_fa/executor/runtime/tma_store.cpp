@@ -15,7 +15,7 @@ void check_source(AsyncStore const& store, std::uint32_t bytes) {
   for (std::uint32_t at = store.offset; at < store.offset + bytes; at += kGranule) {
     check_landed(self->clock, act, at, store.site);
     check_written(act, at, store.site);
-    if (std::memcmp(cta.shared + at, cta.published.data() + at, kGranule) != 0) {
+    if (std::memcmp(cta->shared + at, cta->published.data() + at, kGranule) != 0) {
       fault(store.site, "%s reads %s, written by plain stores that no fence_async_proxy has followed", act, region(at, kGranule).c_str());
     }
   }
@@ -52,32 +52,30 @@ void store_row(AsyncStore const& store, std::uint64_t address, std::uint32_t lin
 void finish_reads(std::uint32_t over) {
   for (std::uint32_t seq = self->stores_read + 1; seq <= over; ++seq) {
     AsyncStore const& store = *self->stores.find(seq);
-    if (std::memcmp(store.content.data(), cta.shared + store.offset, store.content.size()) != 0) {
+    if (std::memcmp(store.content.data(), cta->shared + store.offset, store.content.size()) != 0) {
       fault(store.site, "%s, source of a %s, was written before its wait",
             region(store.offset, static_cast<std::uint32_t>(store.content.size())).c_str(), store.name);
     }
   }
   if (over <= self->stores_read) { return; }
   self->stores_read = over;
-  std::vector<std::uint32_t>& known = self->clock.stores;
-  if (known.size() <= static_cast<std::size_t>(self->index)) { known.resize(cta.threads); }
-  known[self->index] = over;
+  Clock::set(self->clock.stores, self->cluster_index, over);
 }
 
 void issue(AsyncStore store, void const* source, std::uint32_t alignment) {
   std::uint32_t const bytes = box_bytes(store.map);
   store.offset = shared_offset(store.name, source, bytes, alignment, store.site);
   check_source(store, bytes);
-  store.content.assign(cta.shared + store.offset, cta.shared + store.offset + bytes);
+  store.content.assign(cta->shared + store.offset, cta->shared + store.offset + bytes);
   std::uint32_t const seq = ++self->stores.issued;
   for (std::uint32_t g = store.offset / kGranule; g < (store.offset + bytes) / kGranule; ++g) {
     Access& access = access_to(g);
-    access.storer = self->index;
+    access.storer = self->cluster_index;
     access.store = seq;
   }
   Site const site = store.site;
   self->stores.acts.push_back(std::move(store));
-  cta.due.push({landing_step(), self->index, seq, true});
+  cta->due.push({landing_step(), self->index, seq, true});
   let_others_run(site);
 }
 
@@ -137,7 +135,7 @@ void tma_store_wait(int pending, bool reads_only, Site site) {
 }
 
 void land_stores_at_end() {
-  for (auto& thread : cta.thread) {
+  for (auto& thread : cta->thread) {
     for (std::uint32_t seq = thread->stores.first(); seq <= thread->stores.issued; ++seq) { land_store(*thread, seq); }
   }
 }

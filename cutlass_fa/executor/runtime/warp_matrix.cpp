@@ -59,13 +59,13 @@ char const* name_of(Transfer const& transfer) { return transfer.stores ? "store_
 // What every lane knows: all of them take part in what any row goes through.
 Clock common_clock() {
   int const first = self->index - self->index % kWarp;
-  Clock common = cta.thread[first]->clock;
+  Clock common = cta->thread[first]->clock;
   auto const keep_least = [](std::vector<std::uint32_t>& mine, std::vector<std::uint32_t> const& other) {
     mine.resize(std::min(mine.size(), other.size()));
     for (std::size_t i = 0; i < mine.size(); ++i) { mine[i] = std::min(mine[i], other[i]); }
   };
   for (int lane = 1; lane < kWarp; ++lane) {
-    Clock const& other = cta.thread[first + lane]->clock;
+    Clock const& other = cta->thread[first + lane]->clock;
     for (std::size_t i = 0; i < common.at.size(); ++i) { common.at[i] = std::min(common.at[i], other.at[i]); }
     keep_least(common.copies, other.copies);
     keep_least(common.stores, other.stores);
@@ -84,7 +84,7 @@ void transfer_all(std::array<void*, kWarp> const& records) {
   Transfer const& one = *static_cast<Transfer const*>(records[0]);
   Clock const common = common_clock();
   int const warp = self->warp();
-  std::uint32_t const access_number = ++cta.warp[warp].accesses;
+  std::uint32_t const access_number = ++cta->warp[warp].accesses;
   std::array<std::uint32_t, kWarp> offset{};
   for (int lane = 0; lane < kWarp; ++lane) {
     Transfer const& mine = *static_cast<Transfer const*>(records[lane]);
@@ -106,11 +106,11 @@ void transfer_all(std::array<void*, kWarp> const& records) {
       auto* const word = reinterpret_cast<char*>(static_cast<Transfer const*>(records[lane])->words + matrix);
       for (int half = 0; half < 2; ++half) {
         auto const [row, column] = place_of(lane, half, one.transposed);
-        char* const element = cta.shared + offset[8 * matrix + row] + 2 * column;
+        char* const element = cta->shared + offset[8 * matrix + row] + 2 * column;
         one.stores ? std::memcpy(element, word + 2 * half, 2) : std::memcpy(word + 2 * half, element, 2);
       }
     }
-    cta.thread[self->index - self->index % kWarp + lane]->clock.at[kFirstAccess + warp] = access_number;
+    cta->thread[self->index - self->index % kWarp + lane]->clock.at[cta->access_entry(warp)] = access_number;
   }
   for (int lane = 0; one.stores && lane < 8 * one.matrices; ++lane) {
     Access& access = access_to(offset[lane] / kGranule);

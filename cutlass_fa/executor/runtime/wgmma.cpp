@@ -79,7 +79,7 @@ void check_needs(WgmmaOp const& op, Site site) {
     if (self->clock.at[entry] >= least) { continue; }
     auto const [copy, offset] = op.origin[i];
     fault(site, "wgmma reads %s, written by a copy that this thread has not waited for%s", region(offset, kGranule).c_str(),
-          place(cta.copies[copy].site).c_str());
+          place(cta->copies[copy].site).c_str());
   }
 }
 
@@ -172,7 +172,7 @@ void finish_ops(Warpgroup& group, std::uint32_t from, std::uint32_t waited, Site
 
 void wgmma(WgmmaCall const& call, Site site) {
   if (self->needs_fence) { fault(site, "wgmma without a wgmma_fence since the latest wgmma_wait (or the kernel's start)"); }
-  Warpgroup& group = cta.warpgroup[self->warpgroup()];
+  Warpgroup& group = cta->warpgroup[self->warpgroup()];
   std::uint32_t const seq = ++self->issued;
   WgmmaOp* op = group.op(seq);
   if (op == nullptr) {
@@ -186,7 +186,7 @@ void wgmma(WgmmaCall const& call, Site site) {
   if (++op->issued < kWarpgroup) { return; }
   compute(*op);
   for (int i = 0; i < kWarpgroup; ++i) {
-    Thread& thread = *cta.thread[self->warpgroup() * kWarpgroup + i];
+    Thread& thread = *cta->thread[self->warpgroup() * kWarpgroup + i];
     if (thread.wait.kind == WaitKind::kWgmma && thread.wait.detail <= seq) { wake(thread); }
   }
 }
@@ -208,14 +208,14 @@ void wgmma_wait(int pending, Site site) {
   if (groups.size() <= static_cast<std::size_t>(pending)) { return; }
   std::size_t const ended = groups.size() - pending;
   std::uint32_t const target = groups[ended - 1];
-  Warpgroup& group = cta.warpgroup[self->warpgroup()];
+  Warpgroup& group = cta->warpgroup[self->warpgroup()];
   if (target != 0 && !group.is_issued_by_all(target)) { block(WaitKind::kWgmma, 0, target, site); }
   groups.erase(groups.begin(), groups.begin() + static_cast<std::ptrdiff_t>(ended));
   if (target <= self->waited) { return; }
   check_operands_kept(target, site);
   finish_ops(group, self->waited + 1, target, site);
   self->waited = target;
-  self->clock.at[self->warp()] = target;
+  self->clock.at[cta->wgmma_entry(self->warp())] = target;
 }
 
 void pin_registers(std::uint32_t* words, int count, Site site) {

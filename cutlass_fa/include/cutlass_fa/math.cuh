@@ -47,6 +47,9 @@ CUTLASS_FA_DEVICE uint32_t pack2(float low, float high) {
   return pair;
 }
 
+// A word whose lowest `count` bits are set: none below 1, all from 32 on.
+CUTLASS_FA_DEVICE uint32_t low_bits(int count) { return count >= 32 ? 0xffffffffu : (1u << max(count, 0)) - 1u; }
+
 // The two floats of a pair, exactly; x is the lower half.
 template <class Element>
 CUTLASS_FA_DEVICE float2 unpack2(uint32_t pair) {

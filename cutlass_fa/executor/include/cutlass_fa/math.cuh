@@ -28,6 +28,8 @@ CUTLASS_FA_DEVICE uint32_t pack2(float low, float high) {
   }
 }
 
+CUTLASS_FA_DEVICE uint32_t low_bits(int count) { return count >= 32 ? 0xffffffffu : (1u << max(count, 0)) - 1u; }
+
 template <class Element>
 CUTLASS_FA_DEVICE float2 unpack2(uint32_t pair) {
   static_assert(is_same<Element, bfloat16> || is_same<Element, float16>, "unpack2 takes bf16 or f16 pairs");

@@ -28,6 +28,15 @@ void mbarrier_arrive(std::uint64_t* state, Site site);
 void mbarrier_arrive_and_expect(std::uint64_t* state, std::uint32_t bytes, Site site);
 void mbarrier_wait(std::uint64_t* state, std::uint32_t parity, Site site);
 
+// ---- clusters ----------------------------------------------------------------------------------------------------------------------
+
+int cluster_rank();
+int cluster_size();
+void cluster_arrive(Site site);
+void cluster_wait(Site site);
+void remote_arrive(std::uint64_t* state, int rank, Site site);
+std::uint32_t remote_load(std::uint32_t const* pointer, int rank, Site site);
+
 // ---- warps -------------------------------------------------------------------------------------------------------------------------
 
 // kSync exchanges nothing and orders memory; shuffles and votes order no memory. kVote returns a bit for each lane whose value is not 0.
@@ -60,6 +69,8 @@ struct TensorMapFields {
 
 void prefetch_tensor_map(void const* map, Site site);
 void tma_load(void const* map, std::uint64_t* barrier, void* destination, int const* coordinates, int rank, Site site);
+void tma_load_multicast(void const* map, std::uint64_t* barrier, std::uint16_t cta_mask, void* destination, int const* coordinates, int rank,
+                        Site site);
 void tma_store(void const* map, void const* source, int const* coordinates, int rank, bool adds, Site site);
 void bulk_reduce_add(float* destination, void const* source, int bytes, Site site);
 void tma_store_commit(Site site);
@@ -103,6 +114,7 @@ void store_matrix(void* row, std::uint32_t const* words, int matrices, bool tran
 void cp_async(void* destination, void const* source, int source_bytes, Site site);
 void cp_async_commit(Site site);
 void cp_async_wait(int pending, Site site);
+void cp_async_mbarrier_arrive(std::uint64_t* state, Site site);
 
 // ---- special functions -------------------------------------------------------------------------------------------------------------
 
