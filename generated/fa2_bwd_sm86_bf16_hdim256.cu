@@ -246,11 +246,7 @@ CUTLASS_FA_DEVICE void mask_scores(Worker const& self, Params const& params, Wor
     for (int r = 0; r < 2; ++r) {
       int const key = first_key + 16 * i + 8 * r;
       int const begin = key < params.seqlen_k ? query_begin(params, key) - first_query : kTileM;  // counted from this thread's first query
-#pragma unroll
-      for (int j = 0; j < kWarpM / 8; ++j) {
-        if (8 * j < begin) { acc_s[i][j][2 * r] = negative_infinity(); }
-        if (8 * j + 1 < begin) { acc_s[i][j][2 * r + 1] = negative_infinity(); }
-      }
+      set_columns_before(acc_s[i], r, begin, negative_infinity());
     }
   }
 }
@@ -324,7 +320,7 @@ CUTLASS_FA_DEVICE void make_dv(Worker const& self, SharedStorage& shared, Params
   PipelineState<kQStages> q_pipe, load_pipe;
   auto load_next = [&](unsigned step) {
     if (step < work.num_blocks) {
-      load_block(self, shared.q[load_pipe.stage], shared.lse[load_pipe.stage], params.lse_log2, next, params, work, params.q_stride_row, params.q_stride_head);
+      load_block(self, shared.q[load_pipe.stage()], shared.lse[load_pipe.stage()], params.lse_log2, next, params, work, params.q_stride_row, params.q_stride_head);
     }
     cp_async_commit();
     load_pipe.advance();
@@ -337,7 +333,7 @@ CUTLASS_FA_DEVICE void make_dv(Worker const& self, SharedStorage& shared, Params
     uint32_t p[kWarpM / 16][kWarpN / 16][4];  // P^T as the A operand: [16 queries][16 keys]
     cp_async_wait<kQStages - 2>();
     group_sync(self);  // Q has landed; the group's other warps are done with the block before
-    make_p(self, shared, q_pipe.stage, step % kScoreStages, params, work, block, p);
+    make_p(self, shared, q_pipe.stage(), step % kScoreStages, params, work, block, p);
     named_barrier_arrive(kPReady + step % 2, kThreads);
     group_sync(self);  // the warp with the same keys and the other half of the queries has written its P
     named_barrier_sync(kDoutReady + step % 2, kThreads);
@@ -382,7 +378,7 @@ CUTLASS_FA_DEVICE void make_dk(Worker const& self, SharedStorage& shared, Params
     named_barrier_sync(kPReady + step % 2, kThreads);
     make_ds(self, shared, step % kScoreStages, params, shared.dpsum[step % kDoutStages], acc_dp, ds);
     named_barrier_arrive(kDsReady + step % 2, kThreads);
-    char const* const q = shared.q[q_pipe.stage] + self.column * 2 + lane_offset_down<kPitch>(self.lane);
+    char const* const q = shared.q[q_pipe.stage()] + self.column * 2 + lane_offset_down<kPitch>(self.lane);
     multiply_registers<Element, kPitch>(acc_dk, ds, q + self.query * kPitch);
     group_sync(self);  // the group's other warps have written their dS
     load_operand<kScorePitch>(ds, shared.ds[step % kScoreStages] + self.key * kScorePitch + (kWarpM - self.query) * 2 + lane_offset_down<kScorePitch>(self.lane));

@@ -150,22 +150,17 @@ CUTLASS_FA_DEVICE void advance(Params const& params, Work const& work, Block& bl
   }
 }
 // CTAs that share a copy of dQ never add to the same place: each place of a copy belongs to one thread, which adds key block after key
-// block in a fixed order. Which copy a CTA of the grid has, and which blocks of keys: copy, copy + num_copies and so on.
+// block in a fixed order. A CTA of the grid has one copy and the blocks of keys copy, copy + num_copies and so on.
 struct Share {
   int copy;
-  unsigned batch_head;
-  unsigned split;
+  unsigned first;  // work_of's index of block 0, and from a block to the next
+  unsigned step;
 };
 
 CUTLASS_FA_DEVICE Share share_of(Params const& params, unsigned index) {
-  unsigned const rest = index, split = 0;
-  unsigned const batch_head = rest / params.num_copies;
-  return {static_cast<int>(rest - batch_head * params.num_copies), batch_head, split};
-}
-
-CUTLASS_FA_DEVICE unsigned work_index(Params const& params, Share const& share, int n_block) {
-  unsigned const keys = share.batch_head * params.num_n_blocks + n_block;
-  return keys;
+  unsigned const step = 1;
+  unsigned const batch_head = index / step / params.num_copies;
+  return {static_cast<int>(index / step - batch_head * params.num_copies), batch_head * params.num_n_blocks * step + index % step, step};
 }
 
 // ---- who a thread is ------------------------------------------------------------------------------------------------------------------
@@ -264,11 +259,7 @@ CUTLASS_FA_DEVICE void mask_scores(Worker const& self, Params const& params, Wor
     for (int r = 0; r < 2; ++r) {
       int const key = first_key + 16 * i + 8 * r;
       int const begin = key < params.seqlen_k ? query_begin(params, key) - first_query : kTileM;  // counted from this thread's first query
-#pragma unroll
-      for (int j = 0; j < kWarpM / 8; ++j) {
-        if (8 * j < begin) { acc_s[i][j][2 * r] = negative_infinity(); }
-        if (8 * j + 1 < begin) { acc_s[i][j][2 * r + 1] = negative_infinity(); }
-      }
+      set_columns_before(acc_s[i], r, begin, negative_infinity());
     }
   }
 }
@@ -343,7 +334,7 @@ CUTLASS_FA_DEVICE void make_dv(Worker const& self, SharedStorage& shared, Params
   PipelineState<kQStages> q_pipe, load_pipe;
   auto load_next = [&](unsigned step) {
     if (step < work.num_blocks) {
-      load_block(self, shared.q[load_pipe.stage], shared.lse[load_pipe.stage], params.lse_log2, next, params, work, params.q_stride_row, params.q_stride_head);
+      load_block(self, shared.q[load_pipe.stage()], shared.lse[load_pipe.stage()], params.lse_log2, next, params, work, params.q_stride_row, params.q_stride_head);
     }
     cp_async_commit();
     load_pipe.advance();
@@ -356,7 +347,7 @@ CUTLASS_FA_DEVICE void make_dv(Worker const& self, SharedStorage& shared, Params
     uint32_t p[kWarpM / 16][kWarpN / 16][4];  // P^T as the A operand: [16 queries][16 keys]
     cp_async_wait<kQStages - 2>();
     group_sync(self);  // Q has landed; the group's other warps are done with the block before
-    make_p(self, shared, q_pipe.stage, step % kScoreStages, params, work, block, p);
+    make_p(self, shared, q_pipe.stage(), step % kScoreStages, params, work, block, p);
     named_barrier_arrive(kPReady + step % 2, kThreads);
     named_barrier_sync(kDoutReady + step % 2, kThreads);
     char const* const dout = shared.dout[step % kDoutStages] + self.column * 2 + lane_offset_down<kPitch>(self.lane);
@@ -405,7 +396,7 @@ CUTLASS_FA_DEVICE void make_dk(Worker const& self, SharedStorage& shared, Params
     load_next(step + 1);  // over the dO of the block before
     make_ds(self, shared, step % kScoreStages, params, shared.dpsum[step % kDoutStages], acc_dp, ds);
     named_barrier_arrive(kDsReady + step % 2, kThreads);
-    char const* const q = shared.q[q_pipe.stage] + self.column * 2 + lane_offset_down<kPitch>(self.lane);
+    char const* const q = shared.q[q_pipe.stage()] + self.column * 2 + lane_offset_down<kPitch>(self.lane);
     multiply_registers<Element, kPitch>(acc_dk, ds, q + self.query * kPitch);
     group_sync(self);  // the group's other warps have written their dS
     add_dq(self, shared, step % kScoreStages, dq_acc, block.index);
@@ -450,7 +441,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) flash_bwd(const __grid
   int64_t const copy_rows = static_cast<int64_t>(params.batch) * params.num_heads_q * params.num_m_blocks * kTileM;
 #pragma unroll 1
   for (int n_block = share.copy; n_block < params.num_n_blocks; n_block += params.num_copies) {
-    backward_of_keys(shared, params, work_index(params, share, n_block), params.dq_acc + share.copy * copy_rows * kHeadDim);
+    backward_of_keys(shared, params, share.first + n_block * share.step, params.dq_acc + share.copy * copy_rows * kHeadDim);
     block_sync();  // both groups are done with K and V, and the barriers' turns start anew
   }
 }

@@ -142,7 +142,9 @@ def test_few_keys_are_shared_by_many_ctas(seqlens: tuple[int, int], heads: str, 
 def test_recompute_is_the_backward_of_the_forward(options: dict[str, Any]) -> None:
     """out and lse made by the call are those of the forward kernel: equal bits of dk and dv."""
     case = case_of("gqa4", (301, 517))
-    call = Call("bf16", 128, options.get("causal", False), case, options.get("softcap", 0.0), options.get("dropout_p", 0.0), deterministic=True)
+    call = Call(
+        "bf16", 128, options.get("causal", False), case, options.get("softcap", 0.0), options.get("dropout_p", 0.0), deterministic=True
+    )
     inputs = call.inputs()
     out, lse = cutlass_fa.flash_attn_func(inputs.q, inputs.k, inputs.v, return_lse=True, **inputs.call)
     given = call.gradients(replace(inputs, out=out, lse=lse))
