@@ -124,22 +124,23 @@ CUTLASS_FA_DEVICE int query_begin(Params const&, int) { return 0; }
 
 // Of the blocks of all heads of the group, the split's share; how many of the first `count` see the keys.
 CUTLASS_FA_DEVICE unsigned blocks_before(Params const& params, unsigned count, int m_begin) {
-  unsigned const heads = count / params.num_m_blocks;
+  unsigned const heads = warp_uniform(count / params.num_m_blocks);
   return heads * (params.num_m_blocks - m_begin) + max(static_cast<int>(count - heads * params.num_m_blocks) - m_begin, 0);
 }
 
 // index: ((batch * num_heads_kv + kv_head) * num_n_blocks + n_block) * num_splits + split.
 CUTLASS_FA_DEVICE Work work_of(Params const& params, unsigned index) {
-  unsigned const keys = index / params.num_splits;
+  unsigned const keys = warp_uniform(index / params.num_splits);
   unsigned const split = index - keys * params.num_splits;
-  unsigned const batch_head = keys / params.num_n_blocks;
+  unsigned const batch_head = warp_uniform(keys / params.num_n_blocks);
   int const n_block = keys - batch_head * params.num_n_blocks;
-  int const batch = batch_head / params.num_heads_kv;
+  int const batch = warp_uniform(batch_head / params.num_heads_kv);
   int const kv_head = batch_head - batch * params.num_heads_kv;
   int const m_begin = min(query_begin(params, n_block * kTileN) / kTileM, params.num_m_blocks);
-  int64_t const group_blocks = static_cast<int64_t>(params.heads_per_kv_head) * params.num_m_blocks;
-  unsigned const begin = group_blocks * split / params.num_splits, end = group_blocks * (split + 1) / params.num_splits;
-  int const head_in_group = begin / params.num_m_blocks;
+  unsigned const group_blocks = params.heads_per_kv_head * params.num_m_blocks;
+  unsigned const share = warp_uniform((group_blocks + params.num_splits - 1) / params.num_splits);
+  unsigned const begin = min(split * share, group_blocks), end = min(begin + share, group_blocks);
+  int const head_in_group = warp_uniform(begin / params.num_m_blocks);
   int const m_block = max(static_cast<int>(begin - head_in_group * params.num_m_blocks), m_begin);
   unsigned const num_blocks = blocks_before(params, end, m_begin) - blocks_before(params, begin, m_begin);
   int const part = split * params.batch * params.num_heads_kv + batch_head;
@@ -244,8 +245,9 @@ CUTLASS_FA_DEVICE bool is_masked(Params const& params, Work const& work, Block c
 
 // acc_s <- -inf where the query does not see the key.
 CUTLASS_FA_DEVICE void mask_scores(Worker const& self, Params const& params, Work const& work, Block const& block, float (&acc_s)[kWarpN / 16][kWarpM / 8][4]) {
-  int const first_key = work.n_block * kTileN + self.key + self.lane / 4;
-  int const first_query = block.m_block * kTileM + self.query + self.lane % 4 * 2;
+  int const lane = without_history(self.lane);  // the limits are cheaper to compute than to keep for the few blocks that need them
+  int const first_key = work.n_block * kTileN + self.key + lane / 4;
+  int const first_query = block.m_block * kTileM + self.query + lane % 4 * 2;
 #pragma unroll
   for (int i = 0; i < kWarpN / 16; ++i) {
 #pragma unroll
