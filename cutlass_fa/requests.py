@@ -259,7 +259,9 @@ class Fa2BwdRequest(AttentionRequest):
 
     def __post_init__(self) -> None:
         if self.dtype in FP8_DTYPES:
-            raise Fp8BackwardUnsupported(f"dtype={self.dtype}: gradients do not fit fp8; convert q, k, v, out and dout to bfloat16 or float16")
+            raise Fp8BackwardUnsupported(
+                f"dtype={self.dtype}: gradients do not fit fp8; convert q, k, v, out and dout to bfloat16 or float16"
+            )
         super().__post_init__()
         for name in ("num_sms", "num_splits", "num_copies"):
             value = getattr(self, name)
@@ -303,7 +305,7 @@ class Fa2BwdRequest(AttentionRequest):
 
     @property
     def copies(self) -> int:
-        """Accumulators of dq: one, or, where their order is fixed, as many as keep the multiprocessors busy with a CTA for each query head."""
+        """Accumulators of dq: one, or, where their order is fixed, as many as keep the multiprocessors busy with a CTA a query head."""
         if not self.deterministic:
             return 1
         return min(self.blocks[1], self.num_copies or -(-self._sms // (self.num_heads_q * self.batch)))

@@ -13,6 +13,7 @@ import pytest
 
 import cutlass_fa
 from cutlass_fa.arch.sm90 import FA3_FWD_TILES
+from cutlass_fa.cell import Cell
 from cutlass_fa.dispatch import DispatchKey
 from tests.needs import needs_nvrtc
 from tools import floors, profile_kernel, startup, sweep_tiles
@@ -367,6 +368,17 @@ def test_the_sweep_tries_the_tables_own_tiles(head_dim: int, causal: bool) -> No
     tried = sweep_tiles.candidates(head_dim, causal, None, ["static", "dynamic"])
     assert FA3_FWD_TILES[head_dim, causal] in [cell.tile for cell in tried]
     assert len({sweep_tiles.label(cell) for cell in tried}) == len(tried)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90a"])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+def test_sweep_of_fa2_tries_the_tables_tile(head_dim: int, arch: str, causal: bool) -> None:
+    tried = sweep_tiles.fa2_candidates(arch, head_dim, causal, None)
+    labels = [sweep_tiles.label(cell) for cell in tried]
+    key = DispatchKey("fa2", "fwd", arch, "bf16", head_dim, causal=causal)
+    assert len(set(labels)) == len(labels) and sweep_tiles.label(Cell.of(key)) in labels
+    assert all(needed < available for needed, available in map(sweep_tiles.registers, tried))
 
 
 def test_useful_share() -> None:
