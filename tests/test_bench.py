@@ -287,7 +287,7 @@ def test_a_row_of_a_family_stands_beside_its_peers() -> None:
 
 
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    monkeypatch.setattr("tools.bench_device.hopper_problem", lambda: "there is no GPU")
+    monkeypatch.setattr("tools.bench_device.launch_problem", lambda: "there is no GPU")
     assert bench.main(["--output", str(tmp_path / "x.json")]) == 1
     assert "nothing to measure: there is no GPU" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
 

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 import cutlass_fa
-from cutlass_fa.demo import hopper_problem
+from cutlass_fa.demo import launch_problem
 from cutlass_fa.device import device_info
 from cutlass_fa.errors import MockMode
 from cutlass_fa.toolchain import find_toolchain
@@ -27,7 +27,7 @@ Prepare: TypeAlias = Callable[[Any, Any, Any, bool], Call]  # (q, k, v, causal) 
 
 def current_devices() -> list[ArrayDevice]:
     """The current GPU, through PyTorch where it is installed and through CuPy. Raises MockMode where no kernel runs."""
-    problem = hopper_problem()
+    problem = launch_problem()
     if problem is not None:
         raise MockMode(f"nothing to measure: {problem}")
     try:
