@@ -210,7 +210,7 @@ ACTS = (
     Act("drop a call", "k_full.*wait", r"wgmma reads operand B at .* copy in flight|wgmma reads .* has not waited for", "attend"),
     Act("drop a call", "v_full.*wait", r"wgmma reads operand B at .* copy in flight|wgmma reads .* has not waited for", "attend"),
     Act("drop a call", "k_empty.*wait", r"tma_load to .* (may still be reading|in flight|to have landed)|arrival too many"),
-    Act("drop a call", "v_empty.*arrive", "deadlock"),
+    Act("drop a call", "empty.*arrive", "deadlock", "release"),
     Act("drop a call", "fence_mbarrier_init", "without fence_mbarrier_init"),
     Act("drop a call", "block_sync", "no barrier separates|not initialised"),
     Act("drop a call", "wgmma_fence", "wgmma_fence", "issue_pv"),

@@ -213,6 +213,17 @@ def test_compile_time_and_size(key: DispatchKey, cubin: Cubin) -> None:
     assert seconds <= MAX_COMPILE_SECONDS
 
 
+@needs_nvdisasm
+@needs_nvrtc
+@pytest.mark.compile
+@pytest.mark.parametrize("arch", ["sm_87", "sm_103", "sm_110", "sm_121"])
+def test_an_arch_without_a_table_gets_a_kernel_of_its_own(compiled: None, arch: str) -> None:
+    key = DispatchKey("fa2", "fwd", arch, "bf16", 64, causal=True)
+    assert f"-arch={arch}" in kernels.get(key).cubin.options
+    expected, _ = fa2_fwd_instructions(Cell.of(key))
+    assert not expected - Counter(tensor_core_instructions(kernels.get(key).cubin.image))
+
+
 # ---- one file ------------------------------------------------------------------------------------------------------------------------
 
 

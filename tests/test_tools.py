@@ -110,7 +110,7 @@ def test_cells_are_compiled_and_not_found_in_a_cache() -> None:
 
 
 def test_results_are_appended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(startup, "hopper_problem", lambda: "there is none")
+    monkeypatch.setattr(startup, "launch_problem", lambda: "there is none")
     path = tmp_path / "new" / "startup.json"
     for commit in ("a", "b"):
         assert startup.main(["--import-runs", "0", "--cells", "--output", str(path), "--commit", commit]) == 0
@@ -247,7 +247,7 @@ def fake_ncu(directory: Path) -> Path:
 
 
 def test_a_refused_metric_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(profile_kernel, "hopper_problem", lambda: None)
+    monkeypatch.setattr(profile_kernel, "launch_problem", lambda: None)
     kept = tmp_path / "kept.csv"
     command = ["fa3_fwd_sm90a_bf16_hdim128_causal", "--ncu", str(fake_ncu(tmp_path)), "--csv", str(kept)]
     assert profile_kernel.main(command) == 0
@@ -264,10 +264,10 @@ def test_without_ncu_or_gpu_the_status_is_1(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(profile_kernel, "NCU_PLACES", (str(tmp_path / "ncu"), str(tmp_path)))
     assert profile_kernel.main([]) == 1
     assert "ncu (Nsight Compute) is not installed" in capsys.readouterr().err
-    monkeypatch.setattr(profile_kernel, "hopper_problem", lambda: "there is none")
+    monkeypatch.setattr(profile_kernel, "launch_problem", lambda: "there is none")
     assert profile_kernel.main(["--ncu", "ncu"]) == 1
     assert "nothing to profile: there is none" in capsys.readouterr().err
-    monkeypatch.setattr(profile_kernel, "hopper_problem", lambda: None)
+    monkeypatch.setattr(profile_kernel, "launch_problem", lambda: None)
     assert profile_kernel.main(["--ncu", str(tmp_path / "absent")]) == 1
     assert "cannot be run" in capsys.readouterr().err
 

@@ -56,7 +56,7 @@ def candidates(head_dim: int, causal: bool, tiles: list[tuple[int, int]] | None,
 
 
 FA2_TILE_NS = (32, 48, 64, 80, 96, 128)
-FA2_SPARE_REGISTERS = 48  # besides S, O and Q: operands, addresses, the rows' origins and sums
+FA2_SPARE_REGISTERS = 40  # besides S, O and Q: operands, addresses, the rows' origins and sums
 
 
 def fa2_candidates(arch: str, head_dim: int, causal: bool, tiles: list[tuple[int, ...]] | None) -> list[Fa2FwdCell]:
