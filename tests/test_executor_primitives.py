@@ -210,7 +210,7 @@ def check_product(product: Product, **constants: str) -> None:
     for thread in range(128):
         for register in range(product.columns // 2):
             actual[accumulator_coordinates(thread, register)] = registers[thread, register]
-    sign = -1 if constants else 1
+    sign = -1 if "kNegateA" in constants else 1
     np.testing.assert_array_equal(actual, sign * (a.astype(np.float32) @ b.astype(np.float32)))  # small integers: exact
 
 

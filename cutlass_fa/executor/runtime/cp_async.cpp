@@ -31,6 +31,7 @@ void cp_async(void* destination, void const* source, int source_bytes, Site site
   access.copier = self->cluster_index;
   access.copy = ++self->copies.issued;
   access.site = site;
+  mark_unpublished(offset / kGranule);
   std::memset(cta->shared + offset, kPoison, kGranule);
   self->copies.acts.push_back({site, offset, address, source_bytes, false});
   cta->due.push({landing_step(), self->index, self->copies.issued, false});

@@ -84,9 +84,9 @@ class Reader {
   void check(std::uint32_t offset, std::array<unsigned char, kGranule> const& bytes, char const* operand) {
     Granule& granule = cta->granule[offset / kGranule];
     granule.read_by[warpgroup_] = seq_;
-    if (!cta->access.empty() && (cta->access[offset / kGranule].copy | cta->access[offset / kGranule].write) != 0) {
-      op_.granules.push_back(offset);
-    }
+    bool const is_copied = !cta->access.empty() && (cta->access[offset / kGranule].copy | cta->access[offset / kGranule].write) != 0;
+    bool const is_plain = !cta->plain.empty() && cta->plain[offset / kGranule] != nullptr;
+    if (is_copied || is_plain) { op_.granules.push_back(offset); }
     if (std::memcmp(bytes.data(), cta->published.data() + offset, kGranule) != 0) {
       fault(op_.site, "wgmma reads operand %s at %s, written by plain stores that no fence_async_proxy has followed", operand,
             region(offset, kGranule).c_str());
