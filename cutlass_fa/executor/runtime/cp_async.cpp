@@ -8,8 +8,6 @@
 namespace cutlass_fa::executor {
 namespace {
 
-constexpr unsigned char kPoison = 0xFF;
-
 void check_source(std::uint64_t source, int bytes, Site site) {
   if (source % kGranule != 0) { fault(site, "cp_async from an address that is not a multiple of %d", kGranule); }
   if (bytes < 0 || bytes > kGranule) { fault(site, "cp_async of %d bytes: 0 to %d", bytes, kGranule); }

@@ -62,7 +62,7 @@ std::uint32_t shared_offset(char const* act, void const* pointer, std::uint32_t 
 
 void check_written(char const* act, std::uint32_t offset, Site site) {
   for (int i = 0; i < kGranule; ++i) {
-    if (static_cast<unsigned char>(cta->shared[offset + i]) != 0xFF) { return; }
+    if (static_cast<unsigned char>(cta->shared[offset + i]) != kPoison) { return; }
   }
   fault(site, "%s reads %s, which nobody wrote", act, region(offset, kGranule).c_str());
 }

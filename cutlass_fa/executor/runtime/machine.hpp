@@ -21,6 +21,7 @@
 
 namespace cutlass_fa::executor {
 
+constexpr unsigned char kPoison = 0xFF;        // of shared memory: NaN in every floating-point format
 constexpr std::uint32_t kSharedBase = 1024;  // the shared window's first KB belongs to the system on sm_90
 
 enum class WaitKind { kNone, kBlockSync, kNamedBarrier, kMbarrier, kWarp, kRegisters, kWgmma, kCluster };

@@ -30,7 +30,6 @@ namespace {
 constexpr std::uint64_t kMagic = 0x3154534552414643ull;  // "CFAREST1"
 constexpr std::size_t kPage = 65536;                     // a multiple of every page size in use
 constexpr unsigned char kGuard = 0xA5;
-constexpr unsigned char kPoison = 0xFF;
 constexpr int kCrashStatus = 71;
 constexpr int kBadRequestStatus = 72;
 

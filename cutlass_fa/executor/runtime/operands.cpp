@@ -94,7 +94,7 @@ class Reader {
     if (granule.copy == 0) {
       // Rows of A may not exist (a tile that is not full): they are NaN and stay in their own rows of D. Every row of B reaches all of D.
       bool poison = *operand == 'B';
-      for (unsigned char const byte : bytes) { poison = poison && byte == 0xFF; }
+      for (unsigned char const byte : bytes) { poison = poison && byte == kPoison; }
       if (poison) { fault(op_.site, "wgmma reads operand %s at %s, which nobody wrote", operand, region(offset, kGranule).c_str()); }
       return;
     }

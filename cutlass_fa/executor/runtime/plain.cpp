@@ -13,8 +13,6 @@
 namespace cutlass_fa::executor {
 namespace {
 
-constexpr unsigned char kPoison = 0xFF;
-
 std::uintptr_t pc = 0;
 
 PlainAccess& plain_access(std::uint32_t granule) {
