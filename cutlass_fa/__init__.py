@@ -13,6 +13,7 @@ from .dispatch import DISPATCH_TABLE, DispatchKey
 from .errors import FlashAttnError
 from .requests import (
     Causal,
+    Fa2FwdRequest,
     Fa3FwdRequest,
     Full,
     Grid,
@@ -32,6 +33,7 @@ __all__ = [
     "DISPATCH_TABLE",
     "Causal",
     "DispatchKey",
+    "Fa2FwdRequest",
     "Fa3FwdRequest",
     "FlashAttnError",
     "Full",

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from . import kernels
-from .arrays import ArrayLibrary, library_of, not_on_gpu
+from .arrays import ArrayLibrary, check_one_library, library_of, not_on_gpu
 from .device import check_current_device, device_info
+from .dropout import dropout_mask
 from .errors import InvalidArgument
-from .launch import LaunchPlan
+from .launch import ForwardPlan
+from .launches import forward_plan
 from .problem import Problem, check_pointers
 from .requests import PersistentMode, PositionBias, Window
 
@@ -25,9 +27,14 @@ def flash_attn_func(
     window_size: tuple[int, int] = (-1, -1),
     sink_tokens: int = 0,
     alibi_slopes: Any = None,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    dropout_seed: int = 0,
+    dropout_offset: int = 0,
     out: Any = None,
     return_lse: bool = False,
     persistent: PersistentMode | None = None,
+    family: str | None = None,
     backend: str = "cuda",
 ) -> Any:
     """softmax(q k^T * softmax_scale) v, exactly, without the score matrix in memory (FlashAttention: Dao et al. 2022, Shah et al. 2024).
@@ -41,10 +48,16 @@ def flash_attn_func(
     window_size: (left, right) keys around the query's position, -1 unbounded.
     sink_tokens: the first keys that stay visible under a window (StreamingLLM: Xiao et al. 2023).
     alibi_slopes: float32 (num_heads_q,) or (batch, num_heads_q); bias -slope * |position - j|.
+    softcap: scaled scores become softcap * tanh(score / softcap), before the mask; 0 (the default): as they are.
+    dropout_p: the share of probabilities set to 0, in [0, 1); the others are multiplied by 1 / (1 - dropout_p). lse does not change.
+    dropout_seed, dropout_offset: in [0, 2^64). Which probabilities are dropped is a function of the two and of batch, head, row and column
+        alone (cutlass_fa.dropout.dropout_mask has it), so a backward repeats it; advance the offset, or change the seed, for each call.
     out: where to write the result, shape and dtype of q; default: a fresh contiguous array.
     return_lse: also return log-sum-exp, float32 (batch, num_heads_q, seqlen_q), natural logarithm.
     persistent: Persistent(num_sms): that many CTAs walk all tiles and leave the other multiprocessors free; Persistent() (default): one
-        CTA per multiprocessor; Grid(): one CTA per tile.
+        CTA per multiprocessor; Grid(): one CTA per tile. Of family fa3 only.
+    family: the kernels to use. None (default): "fa3" (TMA and WGMMA) on Hopper, except with dropout; else "fa2" (mma.sync and cp.async),
+        which every GPU from sm_80 on runs.
     backend: "cuda", or "reference": NumPy arrays, computed in float64 on the CPU and rounded to q's dtype.
 
     Returns out, or (out, lse). A query that sees no key gets out 0 and lse -inf. Runs asynchronously on the caller's current stream and
@@ -52,61 +65,69 @@ def flash_attn_func(
     Raises InvalidArgument, UnsupportedDtype, UnsupportedHeadDim, InvalidGqaRatio, EmptyBatch, ZeroSeqlen, SeqlenOverflow, SinkWithoutMask
     for bad input, UnsupportedCell for a combination without a kernel, MockMode where there is no GPU, CompileError, CompileDisabled.
     """
-    options = (softmax_scale, causal, tuple(window_size), sink_tokens, alibi_slopes is not None, persistent)
+    options = (softmax_scale, causal, tuple(window_size), sink_tokens, alibi_slopes is not None, persistent, softcap, dropout_p, family)
+    random_state = (dropout_seed, dropout_offset)
+    if dropout_p:
+        _check_random_state(random_state)
     if backend == "reference":
-        return _reference(q, k, v, out, return_lse, options, alibi_slopes)
+        return _reference(q, k, v, out, return_lse, options, alibi_slopes, random_state)
     if backend != "cuda":
         raise InvalidArgument(f"backend={backend!r}: accepted are {', '.join(BACKENDS)}")
     library = library_of(type(q))
-    plan = _plan(library, q, k, v, out, options)
-    request, device = plan.problem.request, plan.problem.q.device
+    plan = _plan(library, (q, k, v) if out is None else (q, k, v, out), options)
+    problem = plan.problem
+    device = problem.q.device
     if out is None:
-        out = library.empty(plan.problem.out.shape, request.dtype, device)
-    lse = library.empty((request.batch, request.num_heads_q, request.seqlen_q), "f32", device) if return_lse else None
-    pointer = library.pointer
-    pointers = (pointer(q), pointer(k), pointer(v), pointer(out))
+        out = library.empty(problem.out.shape, problem.out.dtype, device)
+    pointers = library.pointers((q, k, v, out))
     check_pointers(pointers)
-    plan.run(pointers, pointer(lse) if return_lse else 0, library.current_stream(device))
+    lse, lse_pointer = None, 0
+    if return_lse:
+        lse = library.empty(problem.lse_shape, "f32", device)
+        (lse_pointer,) = library.pointers((lse,))
+    plan.run(pointers[:3], pointers[3], lse_pointer, library.current_stream(device), random_state)
     return (out, lse) if return_lse else out
 
 
-# The arguments of a call that are not arrays: softmax_scale, causal, window_size, sink_tokens, whether there are ALiBi slopes, persistent.
-# A plain tuple, because it is made and hashed on every call.
-_Options = tuple[float | None, bool, tuple[int, ...], int, bool, PersistentMode | None]
+# The arguments of a call that are neither arrays nor new at every call: softmax_scale, causal, window_size, sink_tokens, whether there are
+# ALiBi slopes, persistent, softcap, dropout_p, family. A plain tuple, because it is made and hashed on every call.
+_Options = tuple[float | None, bool, tuple[int, ...], int, bool, PersistentMode | None, float, float, str | None]
 
-_plans: dict[tuple[Any, ...], LaunchPlan] = {}
+_plans: dict[tuple[Any, ...], ForwardPlan] = {}
 _MAX_PLANS = 4096
 
 
-def _plan(library: ArrayLibrary, q: Any, k: Any, v: Any, out: Any, options: _Options) -> LaunchPlan:
-    """The launch plan of a call, made at the first call of its kind and found by shapes, strides, dtypes and options afterwards."""
-    for name, array in (("k", k), ("v", v), ("out", out)):
-        if type(array) is not type(q) and array is not None and library_of(type(array)) is not library:
-            other = library_of(type(array)).name
-            raise InvalidArgument(f"{name} is a {other} array and q a {library.name} one: bring all from one library")
-    signature = library.signature
-    kind = (library, signature(q), signature(k), signature(v), None if out is None else signature(out), options)
+def _plan(library: ArrayLibrary, arrays: tuple[Any, ...], options: _Options) -> ForwardPlan:
+    """The launch plan of a call, made at the first call of its kind and found by shapes, strides, dtypes and options afterwards.
+
+    arrays: q, k, v, and out where the caller brings it."""
+    try:
+        kind = (library.signatures(arrays), options)
+    except AttributeError:
+        check_one_library(("q", "k", "v", "out")[: len(arrays)], arrays)
+        raise
     plan = _plans.get(kind)
     if plan is None:
-        plan = _make_plan(library, q, k, v, out, options)
+        check_one_library(("q", "k", "v", "out")[: len(arrays)], arrays)
+        plan = _make_plan(library, *arrays, *(None,) * (4 - len(arrays)), options)
         if len(_plans) >= _MAX_PLANS:
             _plans.clear()
         _plans[kind] = plan
     return plan
 
 
-def _make_plan(library: ArrayLibrary, q: Any, k: Any, v: Any, out: Any, options: _Options) -> LaunchPlan:
+def _make_plan(library: ArrayLibrary, q: Any, k: Any, v: Any, out: Any, options: _Options) -> ForwardPlan:
     device = library.spec(q).device
     # Shapes are checked for CPU arrays too, as for a Hopper GPU, before their place in memory is refused.
     problem = _problem(library, q, k, v, out, options, device_info(device).arch if device >= 0 else "sm_90a")
     if device < 0:
         raise not_on_gpu(library)
     check_current_device(device)
-    return LaunchPlan(problem, kernels.get(problem.request.dispatch_key()))
+    return forward_plan(problem, kernels.get(problem.request.dispatch_key()))
 
 
 def _problem(library: ArrayLibrary, q: Any, k: Any, v: Any, out: Any, options: _Options, arch: str) -> Problem:
-    softmax_scale, causal, window_size, sink_tokens, has_alibi, persistent = options
+    softmax_scale, causal, window_size, sink_tokens, has_alibi, persistent, softcap, dropout_p, family = options
     if len(window_size) != 2:
         raise InvalidArgument(f"window_size={window_size}: expected (left, right), each a number of keys or -1")
     left, right = window_size
@@ -121,19 +142,33 @@ def _problem(library: ArrayLibrary, q: Any, k: Any, v: Any, out: Any, options: _
         sink_tokens=sink_tokens,
         position_bias=PositionBias(has_alibi),
         softmax_scale=softmax_scale,
+        softcap=softcap,
+        dropout_p=dropout_p,
         persistent=persistent,
+        family=family,
     )
 
 
-def _reference(q: Any, k: Any, v: Any, out: Any, return_lse: bool, options: _Options, alibi_slopes: Any) -> Any:
+def _check_random_state(random_state: tuple[int, int]) -> None:
+    for name, value in zip(("dropout_seed", "dropout_offset"), random_state, strict=True):
+        if not 0 <= value < 1 << 64:
+            raise InvalidArgument(f"{name}={value}: must be a whole number in [0, 2^64)")
+
+
+def _reference(
+    q: Any, k: Any, v: Any, out: Any, return_lse: bool, options: _Options, alibi_slopes: Any, random_state: tuple[int, int]
+) -> Any:
     """The same call on NumPy arrays, in float64, rounded to q's dtype (lse to float32)."""
     from .reference import attention_forward
 
     library = library_of(type(q))
     if library.name != "NumPy":
         raise InvalidArgument(f"backend='reference' takes numpy.ndarray; q is a {library.name} array: use cupy.asnumpy or .cpu().numpy()")
-    _problem(library, q, k, v, out, options, "sm_90a")  # refuses what the kernels refuse
-    softmax_scale, causal, window_size, sink_tokens, _, _ = options
+    request = _problem(library, q, k, v, out, options, "sm_90a").request  # refuses what the kernels refuse
+    softmax_scale, causal, window_size, sink_tokens = options[:4]
+    mask = None
+    if request.dropout_p > 0:
+        mask = dropout_mask(*random_state, request.dropout_p, request.batch, request.num_heads_q, request.seqlen_q, request.seqlen_k)
     result, lse = attention_forward(
         q,
         k,
@@ -143,6 +178,9 @@ def _reference(q: Any, k: Any, v: Any, out: Any, return_lse: bool, options: _Opt
         window_size=window_size,
         sink_tokens=sink_tokens,
         alibi_slopes=alibi_slopes,
+        softcap=request.softcap,
+        dropout_mask=mask,
+        dropout_p=request.dropout_p,
     )
     if out is None:
         out = result.astype(q.dtype)

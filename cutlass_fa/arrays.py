@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
@@ -34,12 +35,12 @@ class ArrayLibrary(Protocol):
 
     name: str
 
-    def signature(self, x: Any) -> tuple[Any, ...]:
-        """A cheap hashable that determines `spec(x)`."""
+    def signatures(self, arrays: Sequence[Any]) -> tuple[Any, ...]:
+        """A cheap hashable that determines `spec(x)` of each array. AttributeError where one is another library's."""
 
     def spec(self, x: Any) -> ArraySpec: ...
 
-    def pointer(self, x: Any) -> int: ...
+    def pointers(self, arrays: Sequence[Any]) -> tuple[int, ...]: ...
 
     def empty(self, shape: tuple[int, ...], dtype: str, device: int) -> Any: ...
 
@@ -60,15 +61,15 @@ class CupyArrays:
         self._current_stream = cupy.cuda.get_current_stream
         self._dtypes = {"f16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16), "f32": np.dtype(np.float32)}
 
-    def signature(self, x: Any) -> tuple[Any, ...]:
-        return x.shape, x.strides, x.dtype, x.data.device_id
+    def signatures(self, arrays: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple([(x.shape, x.strides, x.dtype, x.data.device_id) for x in arrays])
 
     def spec(self, x: Any) -> ArraySpec:
         strides = tuple(stride // x.itemsize if stride % x.itemsize == 0 else -1 for stride in x.strides)
         return ArraySpec(tuple(x.shape), strides, _DTYPE_NAMES.get(x.dtype.name, x.dtype.name), x.data.device_id)
 
-    def pointer(self, x: Any) -> int:
-        return x.data.ptr
+    def pointers(self, arrays: Sequence[Any]) -> tuple[int, ...]:
+        return tuple([x.data.ptr for x in arrays])
 
     def empty(self, shape: tuple[int, ...], dtype: str, device: int) -> Any:
         return self._ndarray(shape, self._dtypes[dtype])
@@ -90,19 +91,20 @@ class TorchArrays:
         self._current_stream = torch.cuda.current_stream
         self._dtypes = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 
-    def signature(self, x: Any) -> tuple[Any, ...]:
-        if x.requires_grad and self._is_grad_enabled():
+    def signatures(self, arrays: Sequence[Any]) -> tuple[Any, ...]:
+        if any([x.requires_grad for x in arrays]) and self._is_grad_enabled():
             raise InvalidArgument(
-                "a tensor requires a gradient, and there is no backward yet: call under torch.no_grad(), or pass x.detach()"
+                "a tensor requires a gradient, which would be lost: call under torch.no_grad(), or pass x.detach(); "
+                "flash_attn_backward computes gradients"
             )
-        return x.shape, x.stride(), x.dtype, x.get_device()
+        return tuple([(x.shape, x.stride(), x.dtype, x.get_device()) for x in arrays])
 
     def spec(self, x: Any) -> ArraySpec:
         name = str(x.dtype).removeprefix("torch.")
         return ArraySpec(tuple(x.shape), tuple(x.stride()), _DTYPE_NAMES.get(name, name), x.get_device())
 
-    def pointer(self, x: Any) -> int:
-        return x.data_ptr()
+    def pointers(self, arrays: Sequence[Any]) -> tuple[int, ...]:
+        return tuple([x.data_ptr() for x in arrays])
 
     def empty(self, shape: tuple[int, ...], dtype: str, device: int) -> Any:
         return self._empty(shape, dtype=self._dtypes[dtype], device=f"cuda:{device}")
@@ -116,14 +118,14 @@ class NumpyArrays:
 
     name = "NumPy"
 
-    def signature(self, x: Any) -> tuple[Any, ...]:
-        return x.shape, x.strides, x.dtype, -1
+    def signatures(self, arrays: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple([(x.shape, x.strides, x.dtype, -1) for x in arrays])
 
     def spec(self, x: Any) -> ArraySpec:
         strides = tuple(stride // x.itemsize for stride in x.strides)
         return ArraySpec(x.shape, strides, _DTYPE_NAMES.get(x.dtype.name, x.dtype.name), -1)
 
-    def pointer(self, x: Any) -> int:
+    def pointers(self, arrays: Sequence[Any]) -> tuple[int, ...]:
         raise not_on_gpu(self)
 
     def empty(self, shape: tuple[int, ...], dtype: str, device: int) -> Any:
@@ -157,6 +159,16 @@ def library_of(array_type: type) -> ArrayLibrary:
         f"arrays of type {array_type.__module__}.{array_type.__qualname__}: accepted are cupy.ndarray and torch.Tensor on a CUDA device "
         "(others convert without a copy through cupy.from_dlpack), or numpy.ndarray with backend='reference'"
     )
+
+
+def check_one_library(names: Sequence[str], arrays: Sequence[Any]) -> None:
+    """Raises InvalidArgument, naming the argument, where an array is of another library than the first."""
+    library = library_of(type(arrays[0]))
+    for name, array in zip(names, arrays, strict=True):
+        if array is not None and library_of(type(array)) is not library:
+            raise InvalidArgument(
+                f"{name} is a {library_of(type(array)).name} array and {names[0]} a {library.name} one: bring all from one library"
+            )
 
 
 @lru_cache(maxsize=8)

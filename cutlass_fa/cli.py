@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TextIO
 
 from . import cache
-from .dispatch import ARCHS, DIRECTIONS, DISPATCH_TABLE, DTYPES, FAMILIES, DispatchKey, cell_head_dim
+from .arch.limits import arch_problem
+from .dispatch import DISPATCH_TABLE, DTYPES, FAMILIES, DispatchKey, cell_head_dim, family_of
 from .errors import DispatchError, FlashAttnError
 from .settings import SETTINGS, cache_dir
 
@@ -32,6 +33,9 @@ _PRESENCE_FLAGS = (
     ("sink", "sink tokens"),
     ("alibi", "ALiBi bias"),
     ("paged", "K and V in a paged cache"),
+    ("softcap", "scores capped by a tanh"),
+    ("dropout", "dropout of probabilities"),
+    ("deterministic", "a backward whose sums are taken in a fixed order"),
 )
 
 
@@ -99,8 +103,8 @@ def _environment_table() -> str:
 def _add_explain(parser: argparse.ArgumentParser) -> None:
     parser.description = "Compile a cell (or find it in the cache) and report on it. Needs no GPU."
     parser.add_argument("key", nargs="?", help=f"a cell's name, e.g. {EXAMPLE_KEY}; or describe it with the options")
-    parser.add_argument("--arch", choices=ARCHS, help="target GPU (default: sm_90a)")
-    parser.add_argument("--family", choices=FAMILIES, help="kernel family (default: fa3 for a forward on sm_90a, else fa2)")
+    parser.add_argument("--arch", type=_arch, metavar="ARCH", help="target GPU, e.g. sm_80 (default: sm_90a)")
+    parser.add_argument("--family", choices=FAMILIES, help="kernel family (default: the one that serves such a call)")
     parser.add_argument("--dtype", choices=DTYPES, help="element type of q and k (default: bf16)")
     parser.add_argument("--v-dtype", choices=DTYPES, help="element type of v (default: that of q and k)")
     parser.add_argument("--head-dim", type=int, metavar="N", help="columns of q, k and v; rounded up to the next cell")
@@ -118,7 +122,7 @@ def _add_precompile(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--file", action="append", default=[], metavar="FILE", help="a file of names, as @FILE")
     parser.add_argument("--golden", action="store_true", help=f"the {len(DISPATCH_TABLE)} cells registered under generated/")
     parser.add_argument("--all", action="store_true", help="every cell there is")
-    parser.add_argument("--arch", choices=ARCHS, help="keep only the cells of this target")
+    parser.add_argument("--arch", type=_arch, metavar="ARCH", help="keep only the cells of this target")
     parser.add_argument("--jobs", type=_positive, metavar="N", help="processes (default: one per processor)")
     parser.set_defaults(run=_precompile)
 
@@ -139,6 +143,13 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value
+
+
+def _arch(text: str) -> str:
+    problem = arch_problem(text)
+    if problem is not None:
+        raise argparse.ArgumentTypeError(problem)
+    return text
 
 
 # ---- demo and explain ----------------------------------------------------------------------------------------------------------------
@@ -213,10 +224,10 @@ def _described_key(arguments: argparse.Namespace) -> DispatchKey:
     if arguments.head_dim is None:
         raise UsageError(f"explain needs a cell's name (such as {EXAMPLE_KEY}) or at least --head-dim")
     arch = arguments.arch or "sm_90a"
-    direction = DIRECTIONS[1 if arguments.backward else 0]
+    direction = "bwd" if arguments.backward else "fwd"
     dtype = arguments.dtype or "bf16"
     return DispatchKey(
-        arguments.family or ("fa3" if arch == "sm_90a" and direction == "fwd" else "fa2"),
+        arguments.family or family_of(arch, direction, dropout=bool(arguments.dropout)),
         direction,
         arch,
         dtype,

@@ -9,13 +9,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
+from .arch.limits import ARCH_LIMITS, arch_problem
 from .errors import UnknownKey, UnsupportedCell
 
 FAMILIES = ("fa2", "fa3")
-DIRECTIONS = ("fwd", "bwd")
-ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
+DIRECTIONS = ("fwd", "bwd", "bwd_preprocess", "bwd_convert")
+ARCHS = tuple(ARCH_LIMITS)  # those with tables; later ones are served too
 DTYPES = ("f16", "bf16", "e4m3", "e5m2")
 FP8_DTYPES = ("e4m3", "e5m2")
 CELL_HEAD_DIMS = (64, 80, 96, 128, 192, 256)
@@ -29,6 +31,10 @@ FLAG_WORDS = (
     ("alibi", "alibi"),
     ("sink", "sink"),
     ("paged", "paged"),
+    ("softcap", "softcap"),
+    ("dropout", "dropout"),
+    ("deterministic", "deterministic"),
+    ("split", "split"),
 )
 
 
@@ -37,11 +43,12 @@ class DispatchKey:
     """The identity of one cell; hashable, printable, parseable (`DispatchKey.parse(str(key)) == key`).
 
     family: "fa2" (mma.sync + cp.async, sm_80 and later) or "fa3" (TMA + WGMMA, sm_90a).
-    direction: "fwd" or "bwd".
-    arch: NVRTC's name of the target, e.g. "sm_90a".
+    direction: "fwd", "bwd", or a pass beside the backward: "bwd_preprocess" before it, "bwd_convert" after it.
+    arch: NVRTC's name of the target, e.g. "sm_90a"; any from sm_80 on.
     dtype: element type of q and k: "f16", "bf16", "e4m3" or "e5m2".
     head_dim: the cell's head_dim, one of 64, 80, 96, 128, 192, 256 (`cell_head_dim` rounds up).
-    causal, varlen, sliding_window, alibi, sink, paged: presence flags.
+    causal, varlen, sliding_window, alibi, sink, paged, softcap, dropout, deterministic, split: presence flags. The last two are the
+        backward's: dq is summed in a fixed order; dk and dv are sums of parts that several CTAs make.
     gqa_ratio: query heads packed into a tile's rows; 1 where heads are not packed (the ratio is then a runtime number).
     v_dtype: element type of v; "" (the default) means that of q and k.
     """
@@ -57,6 +64,10 @@ class DispatchKey:
     alibi: bool = False
     sink: bool = False
     paged: bool = False
+    softcap: bool = False
+    dropout: bool = False
+    deterministic: bool = False
+    split: bool = False
     gqa_ratio: int = 1
     v_dtype: str = ""
 
@@ -65,7 +76,9 @@ class DispatchKey:
             object.__setattr__(self, "v_dtype", self.dtype)
         _check_choice("family", self.family, FAMILIES)
         _check_choice("direction", self.direction, DIRECTIONS)
-        _check_choice("arch", self.arch, ARCHS)
+        problem = arch_problem(self.arch)
+        if problem is not None:
+            raise UnknownKey(problem)
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("v_dtype", self.v_dtype, DTYPES)
         if self.head_dim < 1 or self.gqa_ratio < 1:
@@ -104,7 +117,7 @@ class DispatchKey:
 _NAME_HELP = "family_direction_arch_dtype[_vDTYPE]_hdimN then any of " + ", ".join(word for _, word in FLAG_WORDS) + ", gqaN in this order"
 _NAME = re.compile(
     rf"(?P<family>{'|'.join(FAMILIES)})_(?P<direction>{'|'.join(DIRECTIONS)})"
-    rf"_sm(?P<arch>{'|'.join(a.removeprefix('sm_') for a in ARCHS)})_(?P<dtype>{'|'.join(DTYPES)})"
+    rf"_sm(?P<arch>\d+a?)_(?P<dtype>{'|'.join(DTYPES)})"
     rf"(?:_v(?P<v_dtype>{'|'.join(DTYPES)}))?_hdim(?P<head_dim>[1-9]\d*)"
     + "".join(rf"(?P<{field}>_{word})?" for field, word in FLAG_WORDS)
     + r"(?:_gqa(?P<gqa_ratio>[1-9]\d*))?"
@@ -154,71 +167,104 @@ class DispatchTable:
         return _semantic_reasons(key) + _unbuilt_reasons(key)
 
     def valid_keys(self) -> Iterator[DispatchKey]:
-        """Every key that `lookup` serves with gqa_ratio 1, in a fixed order."""
-        flags = [field for field, _ in FLAG_WORDS]
-        for family, direction, arch, dtype, head_dim in _base_combinations():
-            for bits in range(1 << len(flags)):
-                present: dict[str, Any] = {flag: bool(bits >> i & 1) for i, flag in enumerate(flags)}
-                key = DispatchKey(family, direction, arch, dtype, head_dim, **present)
-                if not self.why_not(key):
-                    yield key
+        """Every key of the tables' architectures that `lookup` serves with gqa_ratio 1, in a fixed order."""
+        for (family, direction), flags in BUILT_FLAGS.items():
+            for arch, dtype, head_dim in product(ARCHS, DTYPES, CELL_HEAD_DIMS):
+                for present in product((False, True), repeat=len(flags)):
+                    chosen: dict[str, Any] = dict(zip(flags, present, strict=True))
+                    key = DispatchKey(family, direction, arch, dtype, head_dim, **chosen)
+                    if not self.why_not(key):
+                        yield key
 
 
-def _base_combinations() -> Iterator[tuple[str, str, str, str, int]]:
-    for family in FAMILIES:
-        for direction in DIRECTIONS:
-            for arch in ARCHS:
-                for dtype in DTYPES:
-                    for head_dim in CELL_HEAD_DIMS:
-                        yield family, direction, arch, dtype, head_dim
+# What has a template: (family, direction) -> the presence flags that it knows.
+BUILT_FLAGS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("fa2", "fwd"): ("causal", "softcap", "dropout"),
+    ("fa3", "fwd"): ("causal", "softcap"),
+    ("fa2", "bwd"): ("causal", "softcap", "dropout", "deterministic", "split"),
+    ("fa2", "bwd_preprocess"): (),
+    ("fa2", "bwd_convert"): ("split",),
+}
+
+
+def family_of(arch: str, direction: str, *, dropout: bool = False) -> str:
+    """The family that serves a call on `arch`: "fa3" a forward on sm_90a, unless it needs what fa3 lacks and fa2 has; else "fa2"."""
+    return "fa3" if arch == "sm_90a" and direction == "fwd" and not dropout else "fa2"
 
 
 def _semantic_reasons(key: DispatchKey) -> list[str]:
     """Combinations that make no sense on any hardware, or that this family's hardware rules out."""
     fp8 = key.dtype in FP8_DTYPES or key.v_dtype in FP8_DTYPES
+    backward = key.direction != "fwd"
     checks = (
         (key.head_dim not in CELL_HEAD_DIMS, f"head_dim {key.head_dim} is not a cell; cells are {', '.join(map(str, CELL_HEAD_DIMS))}"),
         (key.family == "fa3" and key.arch != "sm_90a", f"family fa3 needs TMA and WGMMA of sm_90a, not {key.arch}; use family fa2"),
         (fp8 and key.arch != "sm_90a", f"fp8 needs sm_90a, not {key.arch}"),
-        (fp8 and key.direction == "bwd", "there is no fp8 backward; use f16 or bf16"),
+        (fp8 and backward, "there is no fp8 backward; use f16 or bf16"),
         ((key.dtype in FP8_DTYPES) != (key.v_dtype in FP8_DTYPES), f"q/k {key.dtype} with v {key.v_dtype}: both 16-bit or both fp8"),
         (not fp8 and key.v_dtype != key.dtype, f"q/k {key.dtype} with v {key.v_dtype}: 16-bit types must agree"),
         (key.sink and not (key.causal or key.sliding_window), "sink tokens need a causal mask or a sliding window"),
-        (key.paged and key.direction == "bwd", "a paged cache has no backward"),
+        (key.paged and backward, "a paged cache has no backward"),
+        (key.deterministic and not backward, "deterministic is a choice of the backward; every forward is"),
+        (key.split and not backward, "split is the backward's: parts of dk and dv"),
     )
     return [reason for refused, reason in checks if refused]
 
 
 def _unbuilt_reasons(key: DispatchKey) -> list[str]:
     """What makes sense but has no template yet."""
-    checks = [(key.family == "fa2", "family fa2 is not built yet; only fa3 on sm_90a is")]
-    checks += [(key.family == "fa3" and key.direction == "bwd", "the fa3 backward is not built yet")]
-    checks += [(key.dtype in FP8_DTYPES, f"dtype {key.dtype} is not built yet; f16 and bf16 are")]
-    checks += [(getattr(key, field), f"{field} is not built yet in family {key.family}") for field, _ in FLAG_WORDS if field != "causal"]
-    packable = key.gqa_ratio == 1 or (key.family == "fa3" and key.gqa_ratio <= MAX_GQA_RATIO)
+    kernel = (key.family, key.direction)
+    if kernel not in BUILT_FLAGS:
+        built = ", ".join(f"{family} {direction}" for family, direction in BUILT_FLAGS)
+        name = "backward" if key.direction == "bwd" else key.direction
+        return [f"the {key.family} {name} is not built yet; built are: {built}"]
+    checks = [(key.dtype in FP8_DTYPES, f"dtype {key.dtype} is not built yet; f16 and bf16 are")]
     checks += [
-        (not packable, f"gqa_ratio {key.gqa_ratio}: at most {MAX_GQA_RATIO} query heads are packed into a tile; 1 serves every ratio")
+        (getattr(key, field), f"{field} is not built yet in the {key.family} {key.direction}")
+        for field, _ in FLAG_WORDS
+        if field not in BUILT_FLAGS[kernel]
     ]
+    packable = key.gqa_ratio == 1 or (kernel == ("fa3", "fwd") and key.gqa_ratio <= MAX_GQA_RATIO)
+    most = f"at most {MAX_GQA_RATIO} query heads are packed into a tile" if kernel == ("fa3", "fwd") else "heads are not packed"
+    checks += [(not packable, f"gqa_ratio {key.gqa_ratio}: {most}; 1 serves every ratio")]
     return [reason for refused, reason in checks if refused]
 
 
-def _fa3_fwd(dtype: str, head_dim: int, causal: bool, gqa_ratio: int = 1) -> DispatchKey:
-    return DispatchKey("fa3", "fwd", "sm_90a", dtype, head_dim, causal=causal, gqa_ratio=gqa_ratio)
+def _fa3_fwd(dtype: str, head_dim: int, **features: Any) -> DispatchKey:
+    return DispatchKey("fa3", "fwd", "sm_90a", dtype, head_dim, **features)
 
 
-# The golden cells: one base cell per (family, direction) and one per flip; never the cross product.
+def _fa2_fwd(arch: str, dtype: str, head_dim: int, **features: Any) -> DispatchKey:
+    return DispatchKey("fa2", "fwd", arch, dtype, head_dim, **features)
+
+
+# The golden cells: one base cell per (family, direction) and architecture and one per flip; never the cross product.
 DISPATCH_TABLE = DispatchTable(
     (
-        _fa3_fwd("bf16", 128, causal=False),
+        _fa3_fwd("bf16", 128),
         _fa3_fwd("bf16", 128, causal=True),
         _fa3_fwd("f16", 128, causal=True),
         _fa3_fwd("bf16", 128, causal=True, gqa_ratio=4),
-        _fa3_fwd("bf16", 64, causal=False),
+        _fa3_fwd("bf16", 128, causal=True, softcap=True),
+        _fa3_fwd("bf16", 64),
         _fa3_fwd("bf16", 64, causal=True),
-        _fa3_fwd("bf16", 80, causal=False),
+        _fa3_fwd("bf16", 80),
         _fa3_fwd("bf16", 96, causal=True),
-        _fa3_fwd("bf16", 192, causal=False),
-        _fa3_fwd("bf16", 256, causal=False),
+        _fa3_fwd("bf16", 192),
+        _fa3_fwd("bf16", 256),
         _fa3_fwd("bf16", 256, causal=True),
+        _fa2_fwd("sm_80", "bf16", 128),
+        _fa2_fwd("sm_80", "bf16", 128, causal=True),
+        _fa2_fwd("sm_80", "f16", 128, causal=True),
+        _fa2_fwd("sm_80", "bf16", 128, softcap=True),
+        _fa2_fwd("sm_80", "bf16", 128, causal=True, dropout=True),
+        _fa2_fwd("sm_80", "bf16", 64, causal=True),
+        _fa2_fwd("sm_80", "bf16", 96),
+        _fa2_fwd("sm_86", "bf16", 256, causal=True),
+        _fa2_fwd("sm_89", "bf16", 128, causal=True),
+        _fa2_fwd("sm_90a", "bf16", 128, causal=True),
+        _fa2_fwd("sm_90a", "bf16", 256),
+        _fa2_fwd("sm_100", "bf16", 128, causal=True),
+        _fa2_fwd("sm_120", "bf16", 128, causal=True),
     )
 )

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
 from . import kernels
+from .arch.limits import table_arch
 from .cache import IMAGE_FILE, SOURCE_FILE
 from .disassembly import tensor_core_instructions
 from .dispatch import DISPATCH_TABLE, DispatchKey
@@ -108,7 +109,7 @@ def explain(target: Target, notes: Sequence[str] = ()) -> Explanation | Refusal:
     kernel or is not installed, CompileDisabled where it would have to be compiled and may not be.
     """
     key = key_of(target)
-    notes = (*notes, *rounding_notes(getattr(target, "head_dim", key.head_dim), key))
+    notes = (*notes, *rounding_notes(getattr(target, "head_dim", key.head_dim), key), *choice_notes(key))
     reasons = DISPATCH_TABLE.why_not(key)
     if reasons:
         return Refusal(str(key), tuple(reasons), notes)
@@ -148,6 +149,20 @@ def rounding_notes(head_dim: int, key: DispatchKey) -> tuple[str, ...]:
     if head_dim == key.head_dim:
         return ()
     return (f"head_dim {head_dim} runs in the cell of head_dim {key.head_dim}; the columns beyond it are read as zeros and never stored",)
+
+
+def choice_notes(key: DispatchKey) -> tuple[str, ...]:
+    """Remarks on what was chosen for the key's GPU: a table of an older one, a family that is not the GPU's own."""
+    notes = []
+    table = table_arch(key.arch)
+    if table != key.arch:
+        notes.append(
+            f"there is no table for {key.arch}: it runs the newest kernels of sm_80's instructions, compiled for it, in {table}'s tiles"
+        )
+    if key.family == "fa2" and key.arch == "sm_90a" and key.direction == "fwd":
+        why = "which has dropout" if key.dropout else "as asked"
+        notes.append(f"a forward of family fa2 on sm_90a, {why}; without dropout family fa3 serves calls there")
+    return tuple(notes)
 
 
 def _matrix_instructions(image: bytes) -> tuple[dict[str, int] | None, str | None]:

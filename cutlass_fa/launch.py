@@ -1,120 +1,86 @@
-"""Launch: a Problem and its Kernel become a LaunchPlan, which turns addresses into one kernel launch.
-
-Everything that depends on shapes only is computed when the plan is made; a run writes five addresses and calls the driver.
+"""Launch: what the launches of all kernels share. A plan of launches/ packs a kernel's arguments once per shape, and each run writes what
+has changed (addresses, host addresses of tensor maps, a random state) and calls the driver.
 """
 
 from __future__ import annotations
 
 import math
-import threading
-from functools import lru_cache
-from typing import Any
+from collections.abc import Mapping
+from functools import lru_cache, partial
+from typing import Any, Protocol
 
 import numpy as np
 
 from .arrays import ArraySpec
 from .cell import Cell
-from .device import DeviceInfo, device_info
+from .device import DeviceInfo
 from .errors import InvalidArgument, LaunchError
 from .kernels import Kernel
 from .params import params_dtype
 from .problem import Problem
-from .requests import Persistent, PersistentMode
-from .tile_counters import tile_counters
-from .tma import TensorMapGeometry, TensorMaps
+from .requests import AttentionRequest, PersistentMode
 
 MAX_TILES = 2**31 - 1
 
 
-class LaunchPlan:
-    """One kernel on one shape and device, ready to run on any arrays of that shape."""
+class ForwardPlan(Protocol):
+    """One forward kernel on one shape and device, ready to run on any arrays of that shape."""
 
-    def __init__(self, problem: Problem, kernel: Kernel) -> None:
-        from cupy_backends.cuda.api import driver
+    problem: Problem
+    kernel: Kernel
 
-        device = problem.q.device
-        cell = kernel.cell
-        self.kernel = kernel
-        self.problem = problem
-        self._function = _function_on(kernel, device)
-        self._launch_kernel = driver.launchKernel
-        self._maps_q, self._maps_k, self._maps_v = map(TensorMaps, map_geometries(problem, cell))
-        self._params = pack_params(problem, cell, device_info(device))
-        # The first words of Params: o, lse, and tile_counter where there is one. Items of a memoryview are cheaper to set than NumPy's.
-        self._pointers = _words(self._params)
-        self._counters = tile_counters(device) if cell.has_dynamic_scheduler else None
-        arguments = np.zeros(4, np.uint64)  # host addresses: maps of q, k, v, and params
-        arguments[3] = self._params.ctypes.data
-        self._arguments_address = arguments.ctypes.data
-        self._arguments = _words(arguments)
-        mode = problem.request.persistent or Persistent()
-        self._grid = grid_size(mode, int(self._params["num_tiles"][0]), device_info(device))
-        self._threads = cell.threads
-        self._smem_bytes = cell.smem_bytes
-        self._lock = threading.Lock()  # between writing the arguments and the driver's copy of them
-
-    def run(self, qkvo: tuple[int, int, int, int], lse: int, stream: int) -> None:
+    def run(self, qkv: tuple[int, int, int], out: int, lse: int, stream: int, random_state: tuple[int, int] = (0, 0)) -> None:
         """Launch on the device addresses of q, k, v, out and lse (0: not written) and a CUstream. Asynchronous; may be captured in a
-        CUDA graph.
+        CUDA graph. random_state: seed and offset of dropout, each a 64-bit number; without dropout not looked at.
 
         The caller's current device must be the plan's. Raises LaunchError or the driver's error."""
-        q, k, v, out = qkvo
-        arguments, pointers = self._arguments, self._pointers
-        with self._lock:
-            arguments[0] = self._maps_q.host_address(q)
-            arguments[1] = self._maps_k.host_address(k)
-            arguments[2] = self._maps_v.host_address(v)
-            pointers[0] = out
-            pointers[1] = lse
-            if self._counters is not None:
-                pointers[2] = self._counters.take(stream)
-            self._launch_kernel(self._function, self._grid, 1, 1, self._threads, 1, 1, self._smem_bytes, stream, self._arguments_address, 0)
 
 
-def map_geometries(problem: Problem, cell: Cell) -> tuple[TensorMapGeometry, TensorMapGeometry, TensorMapGeometry]:
-    """What the tensor maps of q, k and v describe."""
-    if cell.is_packed:
-        q = TensorMapGeometry.of_packed_rows(problem.q, cell.queries_per_tile, cell.gqa_ratio, cell.chunk_columns)
-    else:
-        q = TensorMapGeometry.of_rows(problem.q, cell.tile_m, cell.chunk_columns)
-    k, v = (TensorMapGeometry.of_rows(spec, cell.tile_n, cell.chunk_columns) for spec in (problem.k, problem.v))
-    return q, k, v
+class KernelLaunch:
+    """One kernel on one device with its packed arguments.
+
+    arguments: the kernel's arguments as 64-bit words, each a host address: num_maps tensor maps, which a run writes, and Params.
+    params: the words of Params, whose first are the device addresses that a run writes. Items of a memoryview are cheaper to set than
+    NumPy's. go(stream, address, 0) launches; a plan holds its lock between writing the words and the driver's copy of them.
+    """
+
+    def __init__(self, kernel: Kernel, device: int, params: np.ndarray, grid: int, num_maps: int = 0) -> None:
+        from cupy_backends.cuda.api import driver
+
+        words = np.zeros(num_maps + 1, np.uint64)
+        words[num_maps] = params.ctypes.data
+        self.address = words.ctypes.data
+        self.arguments = _words(words)
+        self.params = _words(params)
+        function = _function_on(kernel, device)
+        cell = kernel.cell
+        self.go = partial(driver.launchKernel, function, grid, 1, 1, cell.threads, 1, 1, cell.smem_bytes)
 
 
-def pack_params(problem: Problem, cell: Cell, device: DeviceInfo) -> np.ndarray:
-    """The Params struct as a structured array of one element, addresses left 0."""
-    request = problem.request
-    work_heads = request.num_heads_q // cell.gqa_ratio
-    num_m_blocks = -(-request.seqlen_q // cell.queries_per_tile)
-    num_tiles = num_m_blocks * work_heads * request.batch
-    if num_tiles > MAX_TILES:
-        raise InvalidArgument(
-            f"{num_m_blocks} query blocks * {work_heads} heads * batch {request.batch} = {num_tiles} tiles: at most {MAX_TILES}; "
-            "split the batch"
-        )
-    values = {
-        "o": 0,
-        "lse": 0,
-        "tile_counter": 0,
-        "o_stride_batch": problem.out.strides[0],
-        "o_stride_row": problem.out.strides[1],
-        "o_stride_head": problem.out.strides[2],
-        "batch": request.batch,
-        "seqlen_q": request.seqlen_q,
-        "seqlen_k": request.seqlen_k,
-        "num_heads_q": request.num_heads_q,
-        "num_heads_kv": request.num_heads_kv,
-        "heads_per_kv_head": request.num_heads_q // request.num_heads_kv,
-        "head_dim": request.head_dim,
-        "num_m_blocks": num_m_blocks,
-        "num_tiles": num_tiles,
-        "softmax_scale_log2": request.scale * math.log2(math.e),
-        "heads_per_section": heads_per_section(problem.k, work_heads, device),
-    }
+def pack(cell: Cell, values: Mapping[str, Any]) -> np.ndarray:
+    """The Params struct of `cell` as a structured array of one element. values: of every field that is no address; addresses are left 0."""
     packed = np.zeros(1, params_dtype(cell.params))
     for field in cell.params:
-        packed[field.name] = values[field.name]
+        if not field.is_address:
+            packed[field.name] = values[field.name]
     return packed
+
+
+def softmax_scales(request: AttentionRequest) -> dict[str, float]:
+    """What turns products q k^T into exponents of 2. With a softcap: the tanh's argument, and the factor of its result."""
+    if request.softcap > 0:
+        return {"softcap_prescale": request.scale / request.softcap, "softmax_scale_log2": request.softcap * math.log2(math.e)}
+    return {"softmax_scale_log2": request.scale * math.log2(math.e)}
+
+
+def tile_count(num_m_blocks: int, heads: int, batch: int) -> int:
+    """CTAs' pieces of work. Raises InvalidArgument where a 32-bit number does not count them."""
+    num_tiles = num_m_blocks * heads * batch
+    if num_tiles > MAX_TILES:
+        raise InvalidArgument(
+            f"{num_m_blocks} query blocks * {heads} heads * batch {batch} = {num_tiles} tiles: at most {MAX_TILES}; split the batch"
+        )
+    return num_tiles
 
 
 def heads_per_section(k: ArraySpec, work_heads: int, device: DeviceInfo) -> int:

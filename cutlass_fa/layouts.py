@@ -281,12 +281,46 @@ def ldmatrix_coordinates(operand: str, lane: int) -> tuple[int, int]:
     """(row, column) of the 16 x 16 tile in shared memory where the 8 elements start whose address `lane` gives to a four-matrix ldmatrix.
 
     operand: "a": the tile is (row of A, k) and the words are mma's A registers. "b": the tile is (column of B, k); words 0 and 1 are B of
-    the first 8 columns, 2 and 3 of the next 8. "b_mn_major": the same from a tile (k, column of B), by the transposed form.
+    the first 8 columns, 2 and 3 of the next 8. "b_mn_major": the same from a tile (k, column of B), by the transposed form. "a_mn_major":
+    A's registers from a tile (k, row of A), by the transposed form.
     Raises ValueError for anything else. Source: PTX ISA, ldmatrix: lane l names row l % 8 of matrix l / 8.
     """
     _check_index("lane", lane, WARP_THREADS)
-    if operand not in ("a", "b", "b_mn_major"):
-        raise ValueError(f"operand must be a, b or b_mn_major, not {operand}")
+    if operand not in ("a", "a_mn_major", "b", "b_mn_major"):
+        raise ValueError(f"operand must be a, a_mn_major, b or b_mn_major, not {operand}")
     matrix, row = divmod(lane, 8)
-    first, second = (matrix // 2, matrix % 2) if operand == "b" else (matrix % 2, matrix // 2)
+    first, second = (matrix // 2, matrix % 2) if operand in ("b", "a_mn_major") else (matrix % 2, matrix // 2)
     return 8 * first + row, 8 * second
+
+
+@dataclass(frozen=True)
+class PaddedTile:
+    """A (rows, cols) tile of 16-bit elements whose rows lie 16 bytes further apart than they are long.
+
+    A row is an even number of 16-byte units long, so the pitch is an odd number, and any eight neighbouring rows have the same unit in
+    eight different places of the 128 bytes that the banks span: ldmatrix reads an 8 x 8 matrix, and the lanes of a warp write the
+    fragments of an accumulator, without bank conflicts and without a swizzle, at addresses that are a register plus a constant.
+    Raises ValueError unless cols is a multiple of 16.
+    """
+
+    rows: int
+    cols: int
+
+    def __post_init__(self) -> None:
+        if self.rows <= 0 or self.cols <= 0 or self.cols % 16:
+            raise ValueError(f"rows must be positive and cols a positive multiple of 16, not {self.rows} and {self.cols}")
+
+    @property
+    def pitch_bytes(self) -> int:
+        """From one row to the next."""
+        return 2 * self.cols + _SWIZZLE_UNIT_BYTES
+
+    @property
+    def size_bytes(self) -> int:
+        return self.rows * self.pitch_bytes
+
+    def byte_offset(self, row: int, col: int) -> int:
+        """Of element (row, col) from the start of the tile. Raises ValueError outside it."""
+        _check_index("row", row, self.rows)
+        _check_index("col", col, self.cols)
+        return row * self.pitch_bytes + 2 * col

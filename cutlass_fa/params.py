@@ -7,7 +7,16 @@ from dataclasses import dataclass
 import numpy as np
 
 # C type -> NumPy type of the same size and alignment.
-_NUMPY_TYPES = {"void*": "u8", "float*": "u8", "int*": "u8", "int64_t": "i8", "int": "i4", "float": "f4"}
+_NUMPY_TYPES = {
+    "void*": "u8",
+    "float*": "u8",
+    "int*": "u8",
+    "int64_t": "i8",
+    "uint64_t": "u8",
+    "int": "i4",
+    "uint32_t": "u4",
+    "float": "f4",
+}
 
 
 @dataclass(frozen=True)
@@ -23,16 +32,24 @@ class ParamField:
         return _NUMPY_TYPES[self.c_type]
 
     @property
+    def is_address(self) -> bool:
+        return self.c_type.endswith("*")
+
+    @property
     def size_bytes(self) -> int:
         return np.dtype(self.numpy_type).itemsize
 
 
-FA3_FWD_FIELDS: tuple[ParamField, ...] = (
+_OUTPUTS = (
     ParamField("o", "void*", "(batch, seqlen_q, num_heads_q, head_dim) in the element type, last dimension contiguous"),
     ParamField("lse", "float*", "(batch, num_heads_q, seqlen_q) natural logarithm, or null"),
-    ParamField("o_stride_batch", "int64_t", "elements"),
-    ParamField("o_stride_row", "int64_t", "elements"),
-    ParamField("o_stride_head", "int64_t", "elements"),
+)
+_INPUTS = (
+    ParamField("q", "void*", "(batch, seqlen_q, num_heads_q, head_dim), last dimension contiguous, as of k and v"),
+    ParamField("k", "void*", "(batch, seqlen_k, num_heads_kv, head_dim)"),
+    ParamField("v", "void*", "(batch, seqlen_k, num_heads_kv, head_dim)"),
+)
+_FORWARD_SIZES = (
     ParamField("batch", "int", "sequences"),
     ParamField("seqlen_q", "int", "query rows of each sequence"),
     ParamField("seqlen_k", "int", "keys of each sequence"),
@@ -40,19 +57,46 @@ FA3_FWD_FIELDS: tuple[ParamField, ...] = (
     ParamField("head_dim", "int", "columns of q, k, v and o that exist, at most kHeadDim"),
     ParamField("num_m_blocks", "int", "ceil(seqlen_q / kQueriesPerTile)"),
     ParamField("num_tiles", "int", "num_m_blocks * heads of the work list * batch"),
-    ParamField("softmax_scale_log2", "float", "softmax_scale * log2(e)"),
+)
+SCALE = ParamField("softmax_scale_log2", "float", "softmax_scale * log2(e)")
+CAPPED_SCALE = (
+    ParamField("softmax_scale_log2", "float", "softcap * log2(e)"),
+    ParamField("softcap_prescale", "float", "softmax_scale / softcap"),
 )
 _TILE_COUNTER = ParamField("tile_counter", "int*", "one number, 0 before and after a launch")
 _HEADS_PER_KV_HEAD = ParamField("heads_per_kv_head", "int", "num_heads_q / num_heads_kv")
 _NUM_HEADS_KV = ParamField("num_heads_kv", "int", "key heads, the heads of the work list")
 _HEADS_PER_SECTION = ParamField("heads_per_section", "int", "(batch, head) pairs of the work list whose K and V share the L2 cache")
 
+DROPOUT_STATE = (  # after the addresses: a run writes them too
+    ParamField("dropout_seed", "uint64_t", "the random numbers' key"),
+    ParamField("dropout_offset", "uint64_t", "which of the key's sequences of random numbers"),
+)
+DROPOUT_RATE = (
+    ParamField("keep_threshold", "uint32_t", "16-bit random numbers below it keep their element: (1 - dropout_p) * 65536"),
+    ParamField("keep_scale", "float", "1 / (1 - dropout_p)"),
+)
 
-def fa3_fwd_params(causal: bool, packed: bool, dynamic_scheduler: bool) -> tuple[ParamField, ...]:
+
+def strides(array: str) -> tuple[ParamField, ...]:
+    """The strides of one (batch, seqlen, heads, head_dim) array."""
+    return tuple(ParamField(f"{array}_stride_{axis}", "int64_t", "elements") for axis in ("batch", "row", "head"))
+
+
+def fa3_fwd_params(causal: bool, packed: bool, dynamic_scheduler: bool, softcap: bool = False) -> tuple[ParamField, ...]:
     """The fields of an fa3 forward cell, widest first so that no compiler pads between them."""
-    addresses, others = FA3_FWD_FIELDS[:2], FA3_FWD_FIELDS[2:]
     heads = _NUM_HEADS_KV if packed else _HEADS_PER_KV_HEAD
-    return addresses + (_TILE_COUNTER,) * dynamic_scheduler + (*others, heads) + (_HEADS_PER_SECTION,) * causal
+    scale = CAPPED_SCALE if softcap else (SCALE,)
+    others = (*_FORWARD_SIZES, *scale, heads) + (_HEADS_PER_SECTION,) * causal
+    return (*_OUTPUTS, *(_TILE_COUNTER,) * dynamic_scheduler, *strides("o"), *others)
+
+
+def fa2_fwd_params(causal: bool, softcap: bool, dropout: bool) -> tuple[ParamField, ...]:
+    """The fields of an fa2 forward cell: what a run writes, then the other wide ones, then the narrow ones."""
+    wide = (*_INPUTS, *_OUTPUTS) + DROPOUT_STATE * dropout + (*strides("q"), *strides("k"), *strides("v"), *strides("o"))
+    scale = CAPPED_SCALE if softcap else (SCALE,)
+    sizes = tuple(field for field in _FORWARD_SIZES if field.name != "num_tiles")
+    return (*wide, *sizes, *scale, _HEADS_PER_KV_HEAD) + (_HEADS_PER_SECTION,) * causal + DROPOUT_RATE * dropout
 
 
 def params_dtype(fields: tuple[ParamField, ...]) -> np.dtype:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from .arrays import ArraySpec
 from .errors import InvalidArgument, UnsupportedDtype
-from .requests import DTYPES_16BIT, Fa3FwdRequest, MaskKind, PersistentMode, PositionBias
+from .requests import DTYPES_16BIT, FwdRequest, MaskKind, PersistentMode, PositionBias, forward_request
 
 ALIGNMENT_BYTES = 16  # of every address and stride: the granularity of TMA and of the kernels' stores
 _ELEMENT_BYTES = 2
@@ -19,11 +19,16 @@ _ELEMENT_BYTES = 2
 class Problem:
     """q (batch, seqlen_q, num_heads_q, head_dim), k and v (batch, seqlen_k, num_heads_kv, head_dim), out like q; strides in elements."""
 
-    request: Fa3FwdRequest
+    request: FwdRequest
     q: ArraySpec
     k: ArraySpec
     v: ArraySpec
     out: ArraySpec
+
+    @property
+    def lse_shape(self) -> tuple[int, int, int]:
+        """(batch, num_heads_q, seqlen_q)."""
+        return self.request.batch, self.request.num_heads_q, self.request.seqlen_q
 
     @classmethod
     def from_specs(
@@ -38,19 +43,25 @@ class Problem:
         sink_tokens: int = 0,
         position_bias: PositionBias = PositionBias(),
         softmax_scale: float | None = None,
+        softcap: float = 0.0,
+        dropout_p: float = 0.0,
         persistent: PersistentMode | None = None,
+        family: str | None = None,
     ) -> Problem:
         """Check the arrays of a forward call and describe it. out None: a fresh contiguous (batch, seqlen_q, num_heads_q, head_dim).
+        family None: the one that serves the call.
 
         Raises InvalidArgument (rank, shape, stride, device, a mix of dtypes; names the argument), UnsupportedDtype, and everything
-        that Fa3FwdRequest raises (EmptyBatch, ZeroSeqlen, InvalidGqaRatio, UnsupportedHeadDim ...).
+        that the request raises (EmptyBatch, ZeroSeqlen, InvalidGqaRatio, UnsupportedHeadDim ...).
         """
         for name, spec in (("q", q), ("k", k), ("v", v)):
-            _check_rank(name, spec)
-        _check_same_dtype(q, k, v)
-        _check_shapes(q, k, v)
+            check_rank(name, spec)
+        check_same_dtype(q, k, v)
+        check_shapes(q, k, v)
         batch, seqlen_q, num_heads_q, head_dim = q.shape
-        request = Fa3FwdRequest(
+        request = forward_request(
+            family,
+            persistent,
             batch=batch,
             seqlen_q=seqlen_q,
             seqlen_k=k.shape[1],
@@ -62,20 +73,21 @@ class Problem:
             sink_tokens=sink_tokens,
             position_bias=position_bias,
             softmax_scale=softmax_scale,
+            softcap=softcap,
+            dropout_p=dropout_p,
             arch=arch,
-            persistent=persistent,
         )
         if out is None:
-            out = ArraySpec(q.shape, _contiguous_strides(q.shape), q.dtype, q.device)
-        _check_out(out, q)
+            out = ArraySpec(q.shape, contiguous_strides(q.shape), q.dtype, q.device)
+        check_out(out, q)
         for name, spec in (("q", q), ("k", k), ("v", v), ("out", out)):
-            _check_strides(name, spec)
+            check_strides(name, spec)
             if spec.device != q.device:
                 raise InvalidArgument(f"{name} is on device {spec.device} and q on device {q.device}: all arrays must be on one GPU")
         return cls(request, q, k, v, out)
 
 
-def check_pointers(pointers: tuple[int, int, int, int]) -> None:
+def check_pointers(pointers: tuple[int, ...]) -> None:
     """Raises InvalidArgument, naming the array, unless the addresses of q, k, v and out are multiples of 16 bytes."""
     q, k, v, out = pointers
     if (q | k | v | out) % ALIGNMENT_BYTES == 0:
@@ -84,7 +96,8 @@ def check_pointers(pointers: tuple[int, int, int, int]) -> None:
     raise InvalidArgument(f"{name} starts at address {pointer:#x}, not a multiple of {ALIGNMENT_BYTES} bytes; copy it to a fresh array")
 
 
-def _check_rank(name: str, spec: ArraySpec) -> None:
+def check_rank(name: str, spec: ArraySpec) -> None:
+    """Raises InvalidArgument unless there are four dimensions."""
     if len(spec.shape) != 4:
         raise InvalidArgument(
             f"{name} has shape {spec.shape}: expected 4 dimensions (batch, seqlen, num_heads, head_dim); "
@@ -92,7 +105,8 @@ def _check_rank(name: str, spec: ArraySpec) -> None:
         )
 
 
-def _check_same_dtype(q: ArraySpec, k: ArraySpec, v: ArraySpec) -> None:
+def check_same_dtype(q: ArraySpec, k: ArraySpec, v: ArraySpec) -> None:
+    """Raises UnsupportedDtype for what no kernel knows, InvalidArgument for a mix."""
     for name, spec in (("q", q), ("k", k), ("v", v)):
         if spec.dtype not in (*DTYPES_16BIT, "e4m3", "e5m2"):
             raise UnsupportedDtype(f"{name} has dtype {spec.dtype}: accepted are float16 and bfloat16; convert with astype")
@@ -100,7 +114,8 @@ def _check_same_dtype(q: ArraySpec, k: ArraySpec, v: ArraySpec) -> None:
             raise InvalidArgument(f"{name} has dtype {spec.dtype} and q has {q.dtype}: q, k and v must have the same dtype")
 
 
-def _check_shapes(q: ArraySpec, k: ArraySpec, v: ArraySpec) -> None:
+def check_shapes(q: ArraySpec, k: ArraySpec, v: ArraySpec) -> None:
+    """Raises InvalidArgument where the shapes of q, k and v contradict each other."""
     if v.shape != k.shape:
         raise InvalidArgument(f"v has shape {v.shape} and k has {k.shape}: they must be equal (batch, seqlen_k, num_heads_kv, head_dim)")
     if k.shape[0] != q.shape[0]:
@@ -109,16 +124,19 @@ def _check_shapes(q: ArraySpec, k: ArraySpec, v: ArraySpec) -> None:
         raise InvalidArgument(f"k has head_dim {k.shape[3]} and q has {q.shape[3]}: they must be equal")
 
 
-def _check_out(out: ArraySpec, q: ArraySpec) -> None:
+def check_out(out: ArraySpec, q: ArraySpec, name: str = "out", like: str = "q", allow_broadcast: bool = False) -> None:
+    """Raises InvalidArgument unless `out` can take a result of the shape and dtype of q. name, like: what the two are called.
+    allow_broadcast: it is only read, so a stride may be 0."""
     if out.shape != q.shape:
-        raise InvalidArgument(f"out has shape {out.shape}: expected {q.shape}, the shape of q")
+        raise InvalidArgument(f"{name} has shape {out.shape}: expected {q.shape}, the shape of {like}")
     if out.dtype != q.dtype:
-        raise InvalidArgument(f"out has dtype {out.dtype}: expected {q.dtype}, the dtype of q")
-    if any(stride == 0 and extent > 1 for stride, extent in zip(out.strides, out.shape, strict=True)):
-        raise InvalidArgument(f"out has strides {out.strides}: a stride of 0 would have several results written to one place")
+        raise InvalidArgument(f"{name} has dtype {out.dtype}: expected {q.dtype}, the dtype of {like}")
+    if not allow_broadcast and any(stride == 0 and extent > 1 for stride, extent in zip(out.strides, out.shape, strict=True)):
+        raise InvalidArgument(f"{name} has strides {out.strides}: a stride of 0 would have several results written to one place")
 
 
-def _check_strides(name: str, spec: ArraySpec) -> None:
+def check_strides(name: str, spec: ArraySpec) -> None:
+    """Raises InvalidArgument unless the last dimension is contiguous and the others step by multiples of 16 bytes."""
     if spec.strides[3] != 1:
         raise InvalidArgument(f"{name} has strides {spec.strides} (elements): the last dimension must be contiguous (stride 1)")
     step = ALIGNMENT_BYTES // _ELEMENT_BYTES
@@ -130,7 +148,8 @@ def _check_strides(name: str, spec: ArraySpec) -> None:
             )
 
 
-def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides, in elements, of a contiguous array."""
     strides = [1] * len(shape)
     for axis in range(len(shape) - 2, -1, -1):
         strides[axis] = strides[axis + 1] * shape[axis + 1]

@@ -6,13 +6,17 @@ Requests and Problem are the only places that raise on user input.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeAlias
 
+from .arch.fa2_bwd import fa2_bwd_tile
+from .arch.limits import arch_problem, limits_of
 from .arch.sm90 import FA3_FWD_TILES
-from .dispatch import ARCHS, FP8_DTYPES, MAX_GQA_RATIO, DispatchKey, cell_head_dim
+from .dispatch import FAMILIES, FP8_DTYPES, MAX_GQA_RATIO, DispatchKey, cell_head_dim, family_of
 from .errors import (
     EmptyBatch,
     Fa3RequiresHopper,
+    Fp8BackwardUnsupported,
     Fp8MustUseFp8Request,
     InvalidArgument,
     InvalidGqaRatio,
@@ -121,9 +125,10 @@ def Persistent(num_sms: int = 0) -> PersistentMode:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionRequest:
-    """What every forward of dense arrays has: q (batch, seqlen_q, num_heads_q, head_dim); k, v (batch, seqlen_k, num_heads_kv, head_dim).
+    """What every call on dense arrays has: q (batch, seqlen_q, num_heads_q, head_dim); k, v (batch, seqlen_k, num_heads_kv, head_dim).
 
-    dtype: "f16" or "bf16". softmax_scale: default 1 / sqrt(head_dim). arch: NVRTC's name of the target GPU.
+    dtype: "f16" or "bf16". softmax_scale: default 1 / sqrt(head_dim). softcap: scores become softcap * tanh(score / softcap); 0 (the
+    default): as they are. dropout_p: the share of probabilities set to 0, in [0, 1). arch: NVRTC's name of the target GPU.
     Raises EmptyBatch, ZeroSeqlen, SeqlenOverflow, InvalidGqaRatio, UnsupportedHeadDim, UnsupportedDtype, SinkWithoutMask, InvalidArgument.
     """
 
@@ -138,6 +143,8 @@ class AttentionRequest:
     sink_tokens: int = 0
     position_bias: PositionBias = PositionBias()
     softmax_scale: float | None = None
+    softcap: float = 0.0
+    dropout_p: float = 0.0
     arch: str = "sm_90a"
 
     def __post_init__(self) -> None:
@@ -146,14 +153,19 @@ class AttentionRequest:
             raise Fp8MustUseFp8Request(f"dtype={self.dtype}: {type(self).__name__} takes f16 and bf16, not fp8; convert the arrays")
         if self.dtype not in DTYPES_16BIT:
             raise UnsupportedDtype(f"dtype={self.dtype}: accepted are f16 and bf16; convert the arrays")
-        if self.arch not in ARCHS:
-            raise InvalidArgument(f"arch={self.arch!r}: accepted are {', '.join(ARCHS)}")
+        problem = arch_problem(self.arch)
+        if problem is not None:
+            raise InvalidArgument(problem)
         if self.sink_tokens < 0:
             raise InvalidArgument(f"sink_tokens={self.sink_tokens}: must be >= 0")
         if self.sink_tokens and not (self.mask.causal or self.mask.is_sliding):
             raise SinkWithoutMask(f"sink_tokens={self.sink_tokens} with a full mask: every key is visible; use causal or window_size")
         if self.softmax_scale is not None and not (math.isfinite(self.softmax_scale) and self.softmax_scale > 0):
             raise InvalidArgument(f"softmax_scale={self.softmax_scale}: must be a positive finite number")
+        if not (math.isfinite(self.softcap) and self.softcap >= 0):
+            raise InvalidArgument(f"softcap={self.softcap}: must be 0 (off) or a positive finite number")
+        if not 0 <= self.dropout_p < 1:
+            raise InvalidArgument(f"dropout_p={self.dropout_p}: the share of probabilities that are dropped, at least 0 and below 1")
 
     def _check_sizes(self) -> None:
         if self.batch < 1:
@@ -176,20 +188,27 @@ class AttentionRequest:
         """softmax_scale with its default filled in."""
         return self.softmax_scale if self.softmax_scale is not None else 1.0 / math.sqrt(self.head_dim)
 
-    def _key(self, family: str, direction: str) -> DispatchKey:
-        """The key of this request, heads not packed."""
+    @property
+    def _head_dim(self) -> int:
+        """The cell's."""
         head_dim = cell_head_dim(self.head_dim)
         assert head_dim is not None  # checked when the request was made
+        return head_dim
+
+    def _key(self, family: str, direction: str) -> DispatchKey:
+        """The key of this request, heads not packed."""
         return DispatchKey(
             family,
             direction,
             self.arch,
             self.dtype,
-            head_dim,
+            self._head_dim,
             causal=self.mask.causal,
             sliding_window=self.mask.is_sliding,
             alibi=self.position_bias.alibi,
             sink=self.sink_tokens > 0,
+            softcap=self.softcap > 0,
+            dropout=self.dropout_p > 0,
         )
 
 
@@ -211,6 +230,108 @@ class Fa3FwdRequest(AttentionRequest):
         key = self._key("fa3", "fwd")
         tile_m = FA3_FWD_TILES[key.head_dim, key.causal].tile_m
         return replace(key, gqa_ratio=packed_gqa_ratio(self.seqlen_q, self.num_heads_q // self.num_heads_kv, tile_m))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fa2FwdRequest(AttentionRequest):
+    """A 16-bit forward by the family of sm_80's instructions (mma.sync, ldmatrix, cp.async), which every GPU from sm_80 on runs."""
+
+    def dispatch_key(self) -> DispatchKey:
+        """The cell this request needs; whether it exists is DISPATCH_TABLE's to say."""
+        return self._key("fa2", "fwd")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fa2BwdRequest(AttentionRequest):
+    """A 16-bit backward: dq, dk, dv of dout, by sm_80's instructions on every GPU.
+
+    deterministic: dq is summed in a fixed order, so that equal calls give equal bits; dk and dv always are. recompute: the call makes out
+    and lse itself, so that nothing but q, k, v and dout need be kept for it. num_sms: multiprocessors of the GPU; default: those of the
+    largest product of the architecture. num_splits: CTAs that share the queries of a block of keys; num_copies: accumulators of dq, more
+    than one only where deterministic; default: as keeps the multiprocessors busy.
+    """
+
+    deterministic: bool = False
+    recompute: bool = False
+    num_sms: int | None = None
+    num_splits: int | None = None
+    num_copies: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype in FP8_DTYPES:
+            raise Fp8BackwardUnsupported(f"dtype={self.dtype}: gradients do not fit fp8; convert q, k, v, out and dout to bfloat16 or float16")
+        super().__post_init__()
+        for name in ("num_sms", "num_splits", "num_copies"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidArgument(f"{name}={value}: must be positive")
+        if (self.num_copies or 1) > 1 and not self.deterministic:
+            raise InvalidArgument(f"num_copies={self.num_copies}: only a deterministic backward has copies of dq")
+
+    def dispatch_key(self) -> DispatchKey:
+        """The main kernel; whether it exists is DISPATCH_TABLE's to say."""
+        return replace(self._key("fa2", "bwd"), deterministic=self.deterministic, split=self.splits > 1)
+
+    def dispatch_keys(self) -> tuple[DispatchKey, ...]:
+        """Every kernel of the call in the order of the launches: the forward's where it recomputes, preprocess, main, convert."""
+        main = self.dispatch_key()
+        plain = DispatchKey("fa2", "bwd", self.arch, self.dtype, main.head_dim)
+        passes = (replace(plain, direction="bwd_preprocess"), main, replace(plain, direction="bwd_convert"))
+        parts = (replace(plain, direction="bwd_convert", split=True),) * main.split
+        return (*((self.forward().dispatch_key(),) if self.recompute else ()), *passes, *parts)
+
+    def forward(self) -> FwdRequest:
+        """The forward that this is the backward of."""
+        names = (each.name for each in fields(AttentionRequest))
+        return forward_request(None, None, **{name: getattr(self, name) for name in names})
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """Blocks of queries of one head, and of keys."""
+        tile = fa2_bwd_tile(self.arch, self._head_dim, own_p=self.softcap > 0 or self.dropout_p > 0)
+        return -(-self.seqlen_q // tile.tile_m), -(-self.seqlen_k // tile.tile_n)
+
+    @property
+    def splits(self) -> int:
+        """CTAs that share the queries of a block of keys: more than one where most multiprocessors would have none."""
+        heads, m_blocks, n_blocks = self.num_heads_kv * self.batch, *self.blocks
+        query_blocks = m_blocks * (self.num_heads_q // self.num_heads_kv)
+        if self.num_splits is not None:
+            return min(self.num_splits, query_blocks)
+        wanted = -(-self._sms // (self.copies * heads)) if self.deterministic else self._sms // (n_blocks * heads)
+        return max(1, min(wanted, query_blocks // LEAST_BLOCKS_OF_A_SPLIT))
+
+    @property
+    def copies(self) -> int:
+        """Accumulators of dq: one, or, where their order is fixed, as many as keep the multiprocessors busy with a CTA for each query head."""
+        if not self.deterministic:
+            return 1
+        return min(self.blocks[1], self.num_copies or -(-self._sms // (self.num_heads_q * self.batch)))
+
+    @property
+    def _sms(self) -> int:
+        return self.num_sms or limits_of(self.arch).num_sms
+
+
+FwdRequest: TypeAlias = Fa2FwdRequest | Fa3FwdRequest
+
+LEAST_BLOCKS_OF_A_SPLIT = 4  # blocks of queries: fewer do not pay for the loads of K and V and the parts of dK and dV
+
+
+def forward_request(family: str | None, persistent: PersistentMode | None, **arguments: Any) -> FwdRequest:
+    """The request of `family`, or of the one that serves the call (`family_of`). arguments: of AttentionRequest.
+
+    Raises InvalidArgument for another family, or for persistent CTAs of the fa2 family, whose CTAs have one tile each.
+    """
+    if family is None:
+        family = family_of(arguments["arch"], "fwd", dropout=arguments["dropout_p"] > 0)
+    if family == "fa3":
+        return Fa3FwdRequest(persistent=persistent, **arguments)
+    if family != "fa2":
+        raise InvalidArgument(f"family={family!r}: accepted are {', '.join(FAMILIES)}, and None for the one that serves the call")
+    if persistent is not None and persistent.persistent:
+        raise InvalidArgument(f"persistent={persistent}: a forward of family fa2 runs one CTA for each tile; use Grid() or None")
+    return Fa2FwdRequest(**arguments)
 
 
 PACKING_GAIN = 0.9  # heads are packed when whole tiles of single heads would use less than this share of what packed tiles use

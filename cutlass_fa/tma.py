@@ -51,23 +51,30 @@ class TensorMapGeometry:
 
 
 class TensorMaps:
-    """The maps of one geometry, by device address. Not thread-safe: its owner (a launch plan) holds a lock."""
+    """The maps of a kernel's arrays, each of one geometry, by device address. Not thread-safe: its owner (a launch plan) holds a lock."""
 
-    def __init__(self, geometry: TensorMapGeometry) -> None:
-        self._geometry = geometry
-        self._maps: dict[int, tuple[int, Any]] = {}
+    def __init__(self, *geometries: TensorMapGeometry) -> None:
+        self._geometries = geometries
+        self._maps: tuple[dict[int, Any], ...] = tuple({} for _ in geometries)
+        self._host_addresses: dict[tuple[int, ...], tuple[int, ...]] = {}
 
-    def host_address(self, pointer: int) -> int:
-        """Where in host memory the map for the array at device address `pointer` lies, until the next call.
+    def host_addresses(self, pointers: tuple[int, ...]) -> tuple[int, ...]:
+        """Where in host memory the maps for arrays at these device addresses lie, until the next call.
 
-        Raises LaunchError when the driver refuses the geometry."""
-        found = self._maps.get(pointer)
-        if found is None:
-            if len(self._maps) >= _MAX_MAPS:
-                self._maps.clear()
-            tensor_map = encode(self._geometry, pointer)
-            found = self._maps[pointer] = (int(tensor_map.getPtr()), tensor_map)
-        return found[0]
+        Raises LaunchError when the driver refuses a geometry."""
+        return self._host_addresses.get(pointers) or self._encoded(pointers)
+
+    def _encoded(self, pointers: tuple[int, ...]) -> tuple[int, ...]:
+        if len(self._host_addresses) >= _MAX_MAPS:
+            self._host_addresses.clear()
+            for maps in self._maps:
+                maps.clear()
+        for geometry, maps, pointer in zip(self._geometries, self._maps, pointers, strict=True):
+            if pointer not in maps:
+                maps[pointer] = encode(geometry, pointer)
+        found = tuple(int(maps[pointer].getPtr()) for maps, pointer in zip(self._maps, pointers, strict=True))
+        self._host_addresses[pointers] = found
+        return found
 
 
 def encode(geometry: TensorMapGeometry, pointer: int) -> Any:

@@ -10,6 +10,7 @@
 #include <cutlass_fa/registers.cuh>
 #include <cutlass_fa/shared_memory.cuh>
 #include <cutlass_fa/softmax.cuh>
+#include <cutlass_fa/tile_queue.cuh>
 #include <cutlass_fa/tma.cuh>
 #include <cutlass_fa/warp.cuh>
 #include <cutlass_fa/wgmma.cuh>
@@ -82,34 +83,6 @@ CUTLASS_FA_DEVICE int take_tile(Params const& params, int) {
   return taken + grid_size();
 }
 
-// The producer passes what it took to the consumers.
-struct TileQueue {
-  Mbarrier full;   // the producer has written `index`
-  Mbarrier empty;  // every consumer warp has read it
-  int index;
-
-  CUTLASS_FA_DEVICE void init(int consumer_warps) {
-    full.init(1);
-    empty.init(consumer_warps);
-  }
-
-  CUTLASS_FA_DEVICE void put(PipelineState<1>& pipe, int next) {
-    empty.wait(pipe.parity ^ 1);
-    index = next;
-    full.arrive();
-    pipe.advance();
-  }
-
-  CUTLASS_FA_DEVICE int get(PipelineState<1>& pipe) {
-    full.wait(pipe.parity);
-    int const next = index;
-    warp_sync();  // all lanes have read before one of them says so
-    if (thread_index() % kWarpSize == 0) { empty.arrive(); }
-    pipe.advance();
-    return next;
-  }
-};
-
 struct SharedStorage {
   alignas(1024) char q[kQStages][kChunks * kQChunkBytes];
   alignas(1024) char k[kStages][kChunks * kKvChunkBytes];
@@ -131,6 +104,14 @@ constexpr int kQBytesPerChunk = kTileM * 64;
 CUTLASS_FA_DEVICE void load_q_chunk(TensorMap const& map, Mbarrier& full, char* destination, int column, Tile const& tile) {
   tma_load(map, full, CacheHint::kEvictFirst, destination, column, tile.m_block * kTileM, tile.head, tile.batch);
 }
+// A tile's rows of Q, a chunk of columns at a time.
+CUTLASS_FA_DEVICE void load_q(TensorMap const& map, Mbarrier& full, char* destination, Tile const& tile) {
+  full.arrive_and_expect(kChunks * kQBytesPerChunk);
+#pragma unroll 1
+  for (int chunk = 0; chunk < kChunks; ++chunk) {
+    load_q_chunk(map, full, destination + chunk * kQChunkBytes, chunk * kChunkColumns, tile);
+  }
+}
 
 // Every query sees every key.
 CUTLASS_FA_DEVICE int key_end(Params const& params, int query) { return params.seqlen_k; }
@@ -142,15 +123,29 @@ CUTLASS_FA_DEVICE int n_block_end(Params const& params, int query_end) {
 }
 
 // acc_s <- -inf from each row's limit on. limit[r]: first unseen key of row r, counted from this thread's first column of the block;
-// the thread's columns are 8 j and 8 j + 1.
+// the thread's columns are 8 j and 8 j + 1. The answers are gathered in words, whose bits the hardware turns into predicates seven at a time.
 CUTLASS_FA_DEVICE void apply_mask(float (&acc_s)[kTileN / 2], int const (&limit)[2]) {
 #pragma unroll
-  for (int j = 0; j < kTileN / 8; ++j) {
+  for (int r = 0; r < 2; ++r) {
+    int const seen = max(limit[r], 0) / 8 * 2 + min(max(limit[r], 0) % 8, 2);  // of the thread's kTileN / 4 columns
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      if (8 * j >= limit[r]) { acc_s[4 * j + 2 * r] = negative_infinity(); }
-      if (8 * j + 1 >= limit[r]) { acc_s[4 * j + 2 * r + 1] = negative_infinity(); }
+    for (int first = 0; first < kTileN / 4; first += 32) {
+      uint32_t const bits = low_bits(seen - first);
+#pragma unroll
+      for (int i = first; i < min(first + 32, kTileN / 4); ++i) {
+        float& score = acc_s[4 * (i / 2) + 2 * r + i % 2];
+        score = bits >> (i - first) & 1 ? score : negative_infinity();
+      }
     }
+  }
+}
+
+// kTileN keys of K or V.
+CUTLASS_FA_DEVICE void load_kv(TensorMap const& map, Mbarrier& full, char* destination, int n_block, int kv_head, int batch) {
+  full.arrive_and_expect(kChunks * kKvChunkBytes);
+#pragma unroll 1
+  for (int chunk = 0; chunk < kChunks; ++chunk) {
+    tma_load(map, full, CacheHint::kEvictLast, destination + chunk * kKvChunkBytes, chunk * kChunkColumns, n_block * kTileN, kv_head, batch);
   }
 }
 
@@ -159,7 +154,7 @@ CUTLASS_FA_DEVICE void store_o(Params const& params, Tile const& tile, int row_i
   int const quad_lane = thread_index() % 4;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    RowResult const result = finalize(rows, r, params.softmax_scale_log2);
+    RowResult const result = finalize(rows, r);
     int const row = row_in_tile + 8 * r;
     int64_t const query = query_of(tile, row);
     int64_t const head = head_of(tile, row);
@@ -186,24 +181,6 @@ CUTLASS_FA_DEVICE void store_o(Params const& params, Tile const& tile, int row_i
 
 // ---- producer: one thread starts every copy -------------------------------------------------------------------------------------------
 
-// A tile's rows of Q, a chunk of columns at a time.
-CUTLASS_FA_DEVICE void load_q(TensorMap const& map, Mbarrier& full, char* destination, Tile const& tile) {
-  full.arrive_and_expect(kChunks * kQBytesPerChunk);
-#pragma unroll 1
-  for (int chunk = 0; chunk < kChunks; ++chunk) {
-    load_q_chunk(map, full, destination + chunk * kQChunkBytes, chunk * kChunkColumns, tile);
-  }
-}
-
-// kTileN keys of K or V.
-CUTLASS_FA_DEVICE void load_kv(TensorMap const& map, Mbarrier& full, char* destination, int n_block, int kv_head, int batch) {
-  full.arrive_and_expect(kChunks * kKvChunkBytes);
-#pragma unroll 1
-  for (int chunk = 0; chunk < kChunks; ++chunk) {
-    tma_load(map, full, CacheHint::kEvictLast, destination + chunk * kKvChunkBytes, chunk * kChunkColumns, n_block * kTileN, kv_head, batch);
-  }
-}
-
 CUTLASS_FA_DEVICE void produce(SharedStorage& shared, TensorMap const& map_q, TensorMap const& map_k, TensorMap const& map_v, Params const& params) {
   PipelineState<kStages> k_pipe, v_pipe;
   PipelineState<kQStages> q_pipe;
@@ -212,19 +189,19 @@ CUTLASS_FA_DEVICE void produce(SharedStorage& shared, TensorMap const& map_q, Te
     Tile const tile = tile_of(params, index);
     int const kv_head = kv_head_of(params, tile);
     auto load_k = [&](int n_block) {
-      shared.k_empty[k_pipe.stage].wait(k_pipe.parity ^ 1);
-      load_kv(map_k, shared.k_full[k_pipe.stage], shared.k[k_pipe.stage], n_block, kv_head, tile.batch);
+      shared.k_empty[k_pipe.stage()].wait(k_pipe.parity() ^ 1);
+      load_kv(map_k, shared.k_full[k_pipe.stage()], shared.k[k_pipe.stage()], n_block, kv_head, tile.batch);
       k_pipe.advance();
     };
     auto load_v = [&](int n_block) {
-      shared.v_empty[v_pipe.stage].wait(v_pipe.parity ^ 1);
-      load_kv(map_v, shared.v_full[v_pipe.stage], shared.v[v_pipe.stage], n_block, kv_head, tile.batch);
+      shared.v_empty[v_pipe.stage()].wait(v_pipe.parity() ^ 1);
+      load_kv(map_v, shared.v_full[v_pipe.stage()], shared.v[v_pipe.stage()], n_block, kv_head, tile.batch);
       v_pipe.advance();
     };
     int const last_block = n_block_end(params, (tile.m_block + 1) * kQueriesPerTile) - 1;
     if (last_block >= 0) {
-      shared.q_empty[q_pipe.stage].wait(q_pipe.parity ^ 1);
-      load_q(map_q, shared.q_full[q_pipe.stage], shared.q[q_pipe.stage], tile);
+      shared.q_empty[q_pipe.stage()].wait(q_pipe.parity() ^ 1);
+      load_q(map_q, shared.q_full[q_pipe.stage()], shared.q[q_pipe.stage()], tile);
       q_pipe.advance();
     }
     for (int n_block = last_block; n_block >= 0; --n_block) {  // K runs one block ahead of V, as the consumers ask for it
@@ -261,8 +238,8 @@ CUTLASS_FA_DEVICE void pass_turn(int warpgroup) { named_barrier_arrive(warpgroup
 
 // S = Q K^T of one key block. acc_s: 2 rows x kTileN / 4 columns of this thread.
 CUTLASS_FA_DEVICE void issue_qk(Consumer const& self, SharedStorage& shared, float (&acc_s)[kTileN / 2]) {
-  uint64_t const q = matrix_descriptor(kQLayout, shared.q[self.q_pipe.stage] + self.warpgroup * kWarpgroupQBytes);
-  uint64_t const k = matrix_descriptor(kKLayout, shared.k[self.k_pipe.stage]);
+  uint64_t const q = matrix_descriptor(kQLayout, shared.q[self.q_pipe.stage()] + self.warpgroup * kWarpgroupQBytes);
+  uint64_t const k = matrix_descriptor(kKLayout, shared.k[self.k_pipe.stage()]);
   pin_registers(acc_s);
   wgmma_fence();
 #pragma unroll
@@ -275,7 +252,7 @@ CUTLASS_FA_DEVICE void issue_qk(Consumer const& self, SharedStorage& shared, flo
 
 // O += P V of one key block. p: the A operand, kTileN / 16 steps of four registers.
 CUTLASS_FA_DEVICE void issue_pv(Consumer const& self, SharedStorage& shared, uint32_t (&p)[kTileN / 4], float (&acc_o)[kHeadDim / 2]) {
-  uint64_t const v = matrix_descriptor(kVLayout, shared.v[self.v_pipe.stage]);
+  uint64_t const v = matrix_descriptor(kVLayout, shared.v[self.v_pipe.stage()]);
   pin_registers(acc_o);
   pin_registers(p);
   wgmma_fence();
@@ -286,19 +263,11 @@ CUTLASS_FA_DEVICE void issue_pv(Consumer const& self, SharedStorage& shared, uin
   wgmma_commit();
 }
 
-CUTLASS_FA_DEVICE void release_k(Consumer& self, SharedStorage& shared) {
-  if (self.is_signaller) { shared.k_empty[self.k_pipe.stage].arrive(); }
-  self.k_pipe.advance();
-}
-
-CUTLASS_FA_DEVICE void release_v(Consumer& self, SharedStorage& shared) {
-  if (self.is_signaller) { shared.v_empty[self.v_pipe.stage].arrive(); }
-  self.v_pipe.advance();
-}
-
-CUTLASS_FA_DEVICE void release_q(Consumer& self, SharedStorage& shared) {
-  if (self.is_signaller) { shared.q_empty[self.q_pipe.stage].arrive(); }
-  self.q_pipe.advance();
+// This warp has read the stage that `pipe` stands at.
+template <int kRing>
+CUTLASS_FA_DEVICE void release(Consumer const& self, Mbarrier (&empty)[kRing], PipelineState<kRing>& pipe) {
+  if (self.is_signaller) { empty[pipe.stage()].arrive(); }
+  pipe.advance();
 }
 
 // A key block that the tile needs and this warpgroup's rows do not: its buffers pass by, and so does the turn. No product brings the
@@ -306,72 +275,74 @@ CUTLASS_FA_DEVICE void release_q(Consumer& self, SharedStorage& shared) {
 CUTLASS_FA_DEVICE void skip_block(Consumer& self, SharedStorage& shared) {
   wait_turn(self.warpgroup);
   pass_turn(self.warpgroup);
-  shared.k_full[self.k_pipe.stage].wait(self.k_pipe.parity);
+  shared.k_full[self.k_pipe.stage()].wait(self.k_pipe.parity());
   warp_sync();
-  release_k(self, shared);
-  shared.v_full[self.v_pipe.stage].wait(self.v_pipe.parity);
+  release(self, shared.k_empty, self.k_pipe);
+  shared.v_full[self.v_pipe.stage()].wait(self.v_pipe.parity());
   warp_sync();
-  release_v(self, shared);
+  release(self, shared.v_empty, self.v_pipe);
 }
 
 // 64 rows of queries against every key block they see, from the last to the first: the blocks that need a mask come first. The product
-// Q K^T of a block is issued before P V of the block after it, and both run while this warpgroup does the softmax in between.
+// Q K^T of a block is issued before P V of the block after it.
 CUTLASS_FA_DEVICE void attend(Consumer& self, SharedStorage& shared, Params const& params, Tile const& tile, int n_block, float (&acc_o)[kHeadDim / 2],
                               SoftmaxRows& rows) {
   uint32_t p[kTileN / 4];  // probabilities of the block whose P V comes next
   float rescale[2];
-  int const first_column = thread_index() % 4 * 2;
-  int const row_end[2] = {key_end(params, query_of(tile, self.row_in_tile)) - first_column,
-                          key_end(params, query_of(tile, self.row_in_tile + 8)) - first_column};
   auto mask_block = [&](float(&acc_s)[kTileN / 2], int block) {
-    int const limit[2] = {row_end[0] - block * kTileN, row_end[1] - block * kTileN};
+    int const first_column = block * kTileN + thread_index() % 4 * 2;
+    int const limit[2] = {key_end(params, query_of(tile, self.row_in_tile)) - first_column,
+                          key_end(params, query_of(tile, self.row_in_tile + 8)) - first_column};
     apply_mask(acc_s, limit);
   };
 
   {
     float acc_s[kTileN / 2];
-    shared.k_full[self.k_pipe.stage].wait(self.k_pipe.parity);
+    shared.k_full[self.k_pipe.stage()].wait(self.k_pipe.parity());
     wait_turn(self.warpgroup);
     issue_qk(self, shared, acc_s);
     pass_turn(self.warpgroup);
     wgmma_wait<0>();
     pin_registers(acc_s);
-    release_k(self, shared);
+    release(self, shared.k_empty, self.k_pipe);
     mask_block(acc_s, n_block);
-    online_softmax<true, true>(acc_s, rows, rescale, params.softmax_scale_log2);
-    convert_to_operand<Element>(acc_s, p);
+    softmax_from_maximum<Element>(acc_s, rows, p, rescale, params.softmax_scale_log2);
   }
 
-  auto step = [&](int block, auto masked) {
-    float acc_s[kTileN / 2];
-    shared.k_full[self.k_pipe.stage].wait(self.k_pipe.parity);
+  // S of the next block, and P V of the block before: S is there at the end, P V still reads p and writes acc_o.
+  auto start_products = [&](float(&acc_s)[kTileN / 2]) {
+    shared.k_full[self.k_pipe.stage()].wait(self.k_pipe.parity());
     wait_turn(self.warpgroup);
     issue_qk(self, shared, acc_s);
-    shared.v_full[self.v_pipe.stage].wait(self.v_pipe.parity);
+    shared.v_full[self.v_pipe.stage()].wait(self.v_pipe.parity());
     issue_pv(self, shared, p, acc_o);
     pass_turn(self.warpgroup);
-    wgmma_wait<1>();  // S is ready, O still runs
+    wgmma_wait<1>();
     pin_registers(acc_s);
-    release_k(self, shared);
-    if constexpr (decltype(masked)::value) { mask_block(acc_s, block); }
-    online_softmax<false, decltype(masked)::value>(acc_s, rows, rescale, params.softmax_scale_log2);
+    release(self, shared.k_empty, self.k_pipe);
+  };
+  auto finish_pv = [&] {
     wgmma_wait<0>();
     pin_registers(acc_o);
-    pin_registers(acc_s);  // P may not overwrite registers that P V was reading
-    release_v(self, shared);
-    convert_to_operand<Element>(acc_s, p);
-    rescale_rows(acc_o, rescale);
+    pin_registers(p);  // until here nobody may have overwritten it
+    release(self, shared.v_empty, self.v_pipe);
   };
   --n_block;
+  // The new probabilities take the registers of the old ones: P V comes first, and other warpgroups' products run during the softmax.
+  auto step = [&](int block) {
+    float acc_s[kTileN / 2];
+    start_products(acc_s);
+    finish_pv();
+    if (online_softmax<Element>(acc_s, rows, p, rescale, params.softmax_scale_log2)) { rescale_rows(acc_o, rescale); }
+  };
 #pragma unroll 1
-  for (; n_block >= 0; --n_block) { step(n_block, false_type{}); }
-
-  release_q(self, shared);
-  shared.v_full[self.v_pipe.stage].wait(self.v_pipe.parity);
+  for (; n_block >= 0; --n_block) { step(n_block); }
+  release(self, shared.q_empty, self.q_pipe);
+  shared.v_full[self.v_pipe.stage()].wait(self.v_pipe.parity());
   issue_pv(self, shared, p, acc_o);
   wgmma_wait<0>();
   pin_registers(acc_o);
-  release_v(self, shared);
+  release(self, shared.v_empty, self.v_pipe);
 }
 
 CUTLASS_FA_DEVICE void consume(SharedStorage& shared, Params const& params, int warpgroup) {
@@ -380,16 +351,16 @@ CUTLASS_FA_DEVICE void consume(SharedStorage& shared, Params const& params, int 
   for (int index = block_index(); index < params.num_tiles;) {
     Tile const tile = tile_of(params, index);
     float acc_o[kHeadDim / 2] = {};  // 2 rows x kHeadDim / 4 columns of this thread
-    SoftmaxRows rows = {{negative_infinity(), negative_infinity()}, {0.0f, 0.0f}};
+    SoftmaxRows rows = empty_rows();
     int n_block = n_block_end(params, (tile.m_block + 1) * kQueriesPerTile) - 1;
     if (n_block >= 0) {
       int const own_end = is_row(params, tile, warpgroup * 64) ? n_block_end(params, query_of(tile, warpgroup * 64 + 63) + 1) : 0;
-      shared.q_full[self.q_pipe.stage].wait(self.q_pipe.parity);
+      shared.q_full[self.q_pipe.stage()].wait(self.q_pipe.parity());
       for (; n_block >= own_end; --n_block) { skip_block(self, shared); }
       if (n_block >= 0) {
         attend(self, shared, params, tile, n_block, acc_o, rows);
       } else {
-        release_q(self, shared);
+        release(self, shared.q_empty, self.q_pipe);
       }
     }
     index = shared.tiles.get(self.tile_pipe);  // before the stores, which then overlap with the next tile's loads

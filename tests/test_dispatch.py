@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from itertools import product
 
 import pytest
 
+from cutlass_fa.arch.limits import arch_problem, limits_of, table_arch
 from cutlass_fa.dispatch import (
     ARCHS,
+    BUILT_FLAGS,
     CELL_HEAD_DIMS,
     DIRECTIONS,
     DISPATCH_TABLE,
@@ -17,6 +20,7 @@ from cutlass_fa.dispatch import (
     FLAG_WORDS,
     DispatchKey,
     cell_head_dim,
+    family_of,
 )
 from cutlass_fa.errors import DispatchError, UnknownKey, UnsupportedCell
 
@@ -43,8 +47,10 @@ def test_names_parse_back_and_are_unique() -> None:
 
 def test_name_leaves_out_defaults() -> None:
     assert str(BASE) == "fa3_fwd_sm90a_bf16_hdim128"
-    full = DispatchKey("fa3", "fwd", "sm_90a", "e4m3", 64, True, True, True, True, True, True, 4, "e5m2")
-    assert str(full) == "fa3_fwd_sm90a_e4m3_ve5m2_hdim64_causal_varlen_window_alibi_sink_paged_gqa4"
+    full = DispatchKey("fa3", "fwd", "sm_90a", "e4m3", 64, gqa_ratio=4, v_dtype="e5m2", **{field: True for field, _ in FLAG_WORDS})
+    words = "causal_varlen_window_alibi_sink_paged_softcap_dropout_deterministic"
+    assert str(full) == f"fa3_fwd_sm90a_e4m3_ve5m2_hdim64_{words}_gqa4"
+    assert str(DispatchKey("fa2", "bwd_preprocess", "sm_80", "bf16", 128)) == "fa2_bwd_preprocess_sm80_bf16_hdim128"
 
 
 @pytest.mark.parametrize(
@@ -67,7 +73,8 @@ def test_key_refuses_unknown_words() -> None:
     [
         ({"head_dim": 72}, "head_dim 72"),
         ({"arch": "sm_80"}, "sm_80"),
-        ({"family": "fa2"}, "fa2"),
+        ({"family": "fa2", "gqa_ratio": 2}, "heads are not packed"),
+        ({"dropout": True}, "dropout is not built yet in the fa3 fwd"),
         ({"direction": "bwd"}, "backward"),
         ({"dtype": "e4m3", "v_dtype": "e4m3"}, "e4m3"),
         ({"v_dtype": "f16"}, "must agree"),
@@ -80,6 +87,8 @@ def test_key_refuses_unknown_words() -> None:
         ({"gqa_ratio": 128}, "gqa_ratio 128"),
         ({"direction": "bwd", "dtype": "e4m3", "v_dtype": "e4m3"}, "no fp8 backward"),
         ({"direction": "bwd", "paged": True}, "no backward"),
+        ({"deterministic": True}, "every forward is"),
+        ({"direction": "bwd_convert"}, "bwd_convert is not built yet"),
     ],
 )
 def test_why_not_names_the_obstacle(change: dict[str, object], words: str) -> None:
@@ -98,7 +107,12 @@ def test_several_obstacles_are_all_named() -> None:
 
 def test_valid_keys_are_what_lookup_serves() -> None:
     valid = list(DISPATCH_TABLE.valid_keys())
-    assert len(valid) == len(set(valid)) == 2 * len(CELL_HEAD_DIMS) * 2  # dtypes x head_dims x causal
+    assert len(valid) == len(set(valid))
+    combinations = 2 * len(CELL_HEAD_DIMS)  # dtypes x head_dims
+    counts = Counter((key.family, key.direction) for key in valid)
+    assert counts["fa3", "fwd"] == combinations * 2 * 2  # causal, softcap
+    assert counts["fa2", "fwd"] == combinations * 2 * 2 * 2 * len(ARCHS)  # causal, softcap, dropout
+    assert set(counts) == set(BUILT_FLAGS)
     assert all(DISPATCH_TABLE.lookup(key) is key for key in valid)
     assert {replace(key, gqa_ratio=1) for key in DISPATCH_TABLE} <= set(valid)
     assert all(DISPATCH_TABLE.lookup(key) is key for key in DISPATCH_TABLE)
@@ -110,6 +124,30 @@ def test_strict_lookup_serves_registered_cells_only() -> None:
     unregistered = next(key for key in DISPATCH_TABLE.valid_keys() if key not in set(DISPATCH_TABLE))
     with pytest.raises(UnknownKey, match="not a registered cell"):
         DISPATCH_TABLE.strict_lookup(unregistered)
+
+
+@pytest.mark.parametrize(
+    ("arch", "words"),
+    [("sm_75", "older than sm_80"), ("hopper", "not a GPU's name"), ("sm_90b", "not a GPU's name"), ("sm_", "not a GPU's name")],
+)
+def test_an_arch_is_refused_with_its_reason(arch: str, words: str) -> None:
+    assert words in str(arch_problem(arch))
+    with pytest.raises(UnknownKey, match=words):
+        replace(BASE, arch=arch)
+
+
+def test_an_arch_without_a_table_uses_the_nearest_older_one() -> None:
+    nearest = {"sm_87": "sm_86", "sm_90": "sm_90a", "sm_103": "sm_100", "sm_110": "sm_100", "sm_121": "sm_120", "sm_200": "sm_120"}
+    assert {arch: table_arch(arch) for arch in nearest} == nearest
+    assert all(table_arch(arch) == arch and arch_problem(arch) is None for arch in ARCHS)
+    assert limits_of("sm_121") == limits_of("sm_120") != limits_of("sm_110")
+    key = replace(BASE, family="fa2", arch="sm_121")
+    assert DispatchKey.parse(str(key)) == key and str(key) == "fa2_fwd_sm121_bf16_hdim128"
+
+
+def test_family_of_a_call() -> None:
+    assert family_of("sm_90a", "fwd") == "fa3"
+    assert {family_of("sm_90a", "bwd"), family_of("sm_90a", "fwd", dropout=True), family_of("sm_103", "fwd")} == {"fa2"}
 
 
 def test_cell_head_dim_rounds_up() -> None:

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from cutlass_fa import kernels
-from cutlass_fa.arch.sm90 import REGISTERS_PER_SM
+from cutlass_fa.arch.limits import REGISTERS_PER_SM
 from cutlass_fa.cache import IMAGE_FILE
 from cutlass_fa.cell import Cell
+from cutlass_fa.cells.fa2_fwd import Fa2FwdCell
+from cutlass_fa.cells.fa3_fwd import Fa3FwdCell
 from cutlass_fa.compile import Cubin, compile_source
 from cutlass_fa.disassembly import instruction_counts, local_memory_instructions, tensor_core_instructions
 from cutlass_fa.dispatch import DISPATCH_TABLE, DispatchKey
@@ -120,8 +122,11 @@ def test_resources_are_as_computed(key: DispatchKey, cubin: Cubin) -> None:
     # The unit's own static_assert holds sizeof(SharedStorage) to this number, so that compiling it proved it.
     assert f"static_assert(sizeof(SharedStorage) == {cell.smem_bytes}" in render(cell).text
     assert kernels.get(key).source.smem_bytes == cell.smem_bytes
-    # Every thread starts with an equal share of the register file, and setmaxnreg moves registers from there.
-    assert cubin.registers == REGISTERS_PER_SM // cell.threads // 8 * 8
+    if isinstance(cell, Fa3FwdCell):
+        # Every thread starts with an equal share of the register file, and setmaxnreg moves registers from there.
+        assert cubin.registers == REGISTERS_PER_SM // cell.threads // 8 * 8
+    if isinstance(cell, Fa2FwdCell):
+        assert cubin.registers <= cell.register_limit
     assert cubin.warnings == ()
 
 
@@ -130,17 +135,36 @@ def test_resources_are_as_computed(key: DispatchKey, cubin: Cubin) -> None:
 @pytest.mark.compile
 @pytest.mark.parametrize("key", GOLDEN, ids=str)
 def test_machine_code_has_the_matrix_instructions_and_no_spills(key: DispatchKey, cubin: Cubin) -> None:
-    cell = Cell.of(key)
-    blocks = 3 if key.causal else 2  # Q K^T: the first block and the loop's; P V: the loop's and the last. Causal masks have a second loop.
-    suffix = "x16.F32.BF16" if key.dtype == "bf16" else "x16.F32"
-    expected: Counter[str] = Counter()
-    expected[f"HGMMA.64x{cell.tile_n}{suffix}"] += blocks * cell.head_dim // 16
-    expected[f"HGMMA.64x{cell.head_dim}{suffix}"] += blocks * cell.tile_n // 16
+    expected, others = EXPECTED_INSTRUCTIONS[key.family, key.direction](Cell.of(key))
     found = Counter(tensor_core_instructions(cubin.image))
     assert set(found) == set(expected) and not expected - found, f"{found}, expected at least {expected}"
     assert local_memory_instructions(cubin.image) == 0
     counts = instruction_counts(cubin.image)
-    assert counts["UTMALDG"] >= 3 and counts["USETMAXREG"] == 2  # TMA loads of Q, K and V; each role takes its registers
+    assert not others - Counter(counts), f"{counts}, expected at least {others}"
+
+
+def fa3_fwd_instructions(cell: Cell) -> tuple[Counter[str], Counter[str]]:
+    """At least so many matrix products by kind, and so many other instructions."""
+    assert isinstance(cell, Fa3FwdCell)
+    blocks = 3 if cell.has_own_overlap else 2  # Q K^T: the first block and the loop's, which may be two; P V: the loop's and the last
+    suffix = "x16.F32.BF16" if cell.key.dtype == "bf16" else "x16.F32"
+    expected: Counter[str] = Counter()
+    expected[f"HGMMA.64x{cell.tile_n}{suffix}"] += blocks * cell.head_dim // 16
+    expected[f"HGMMA.64x{cell.head_dim}{suffix}"] += blocks * cell.tile_n // 16
+    return expected, Counter({"UTMALDG": 3, "USETMAXREG": 2})  # TMA loads of Q, K and V; each role takes its registers
+
+
+def fa2_fwd_instructions(cell: Cell) -> tuple[Counter[str], Counter[str]]:
+    """Two bodies of the loop, with a mask and without: both products of a key block, their operands, copies of the next."""
+    assert isinstance(cell, Fa2FwdCell)
+    kind = "HMMA.16816.F32.BF16" if cell.key.dtype == "bf16" else "HMMA.16816.F32"
+    row_blocks, products = cell.warp_rows // 16, cell.tile_n // 8 * cell.head_dim // 16
+    loads = 2 * cell.tile_n // 16 * cell.head_dim // 16 + (0 if cell.has_q_in_registers else row_blocks * cell.head_dim // 16)
+    copies = 2 * cell.chunks * cell.tile_n * cell.swizzle_bytes // 16 // cell.threads
+    return Counter({kind: 2 * 2 * row_blocks * products}), Counter({"LDSM": 2 * loads, "LDGSTS": 2 * copies})
+
+
+EXPECTED_INSTRUCTIONS = {("fa2", "fwd"): fa2_fwd_instructions, ("fa3", "fwd"): fa3_fwd_instructions}
 
 
 @needs_nvrtc
@@ -185,5 +209,5 @@ def test_flattened_kernel_is_the_same_kernel(compiled: None) -> None:
 
 def test_flatten_refuses_an_unsupported_cell(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        flatten.main(["fa2_fwd_sm80_bf16_hdim64"])
+        flatten.main(["fa2_fwd_sm80_bf16_hdim64_varlen"])
     assert stopped.value.code == 2 and "not built yet" in capsys.readouterr().err

@@ -329,7 +329,7 @@ def test_ten_thousand_runs_beside_a_busy_stream(case: Case) -> None:
 def test_refusals_launch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     import cupy
 
-    monkeypatch.setattr("cutlass_fa.launch.LaunchPlan.run", lambda *_: pytest.fail("launched"))
+    monkeypatch.setattr("cutlass_fa.launches.fa3_fwd.Fa3FwdPlan.run", lambda *_: pytest.fail("launched"))
     q, k, v = Case("f16", 64, False).arrays()
     flat = cupy.zeros(q.size + 1, np.float16)[1:].reshape(q.shape)
     attend = cutlass_fa.flash_attn_func

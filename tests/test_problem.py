@@ -219,9 +219,9 @@ def test_a_gradient_is_refused_rather_than_lost() -> None:
     library._is_grad_enabled = lambda: True
     tensor = SimpleNamespace(requires_grad=True, shape=(1, 2), stride=lambda: (2, 1), dtype="torch.float16", get_device=lambda: 0)
     with pytest.raises(errors.InvalidArgument, match=r"torch\.no_grad"):
-        library.signature(tensor)
+        library.signatures((tensor,))
     library._is_grad_enabled = lambda: False
-    assert library.signature(tensor) == ((1, 2), (2, 1), "torch.float16", 0)
+    assert library.signatures((tensor, tensor)) == (((1, 2), (2, 1), "torch.float16", 0),) * 2
 
 
 def test_library_of_refuses_by_type() -> None:

@@ -9,14 +9,17 @@ import jinja2
 import numpy as np
 import pytest
 
-from cutlass_fa.arch.sm90 import FA3_FWD_TILES, MAX_SMEM_BYTES
+from cutlass_fa.arch.limits import limits_of
+from cutlass_fa.arch.sm90 import FA3_FWD_TILES
 from cutlass_fa.cell import Cell
+from cutlass_fa.cells.fa3_fwd import Fa3FwdCell
 from cutlass_fa.dispatch import DISPATCH_TABLE, FLAG_WORDS, DispatchKey
 from cutlass_fa.errors import UnsupportedCell
 from cutlass_fa.params import fa3_fwd_params, params_dtype
 from cutlass_fa.render import environment, include_dir, render, template_dir
 
 KEYS = [*DISPATCH_TABLE.valid_keys(), *(key for key in DISPATCH_TABLE if key.gqa_ratio > 1)]
+FA3_FWD_KEYS = [key for key in KEYS if (key.family, key.direction) == ("fa3", "fwd")]
 TEMPLATES = sorted(template_dir().rglob("*.j2"))
 HEADERS = sorted(include_dir().rglob("*.cuh"))
 
@@ -27,14 +30,21 @@ HEADERS = sorted(include_dir().rglob("*.cuh"))
 @pytest.mark.parametrize("key", KEYS, ids=str)
 def test_every_valid_key_has_a_cell_that_fits(key: DispatchKey) -> None:
     cell = Cell.of(key)
-    assert cell.smem_bytes <= MAX_SMEM_BYTES and cell.threads == 128 * (cell.tile_m // 64 + 1)
+    assert cell.smem_bytes <= limits_of(key.arch).smem_bytes and cell.threads % 32 == 0 and cell.misfits() == []
+    assert cell.head_dim == key.head_dim and cell.arch == key.arch and str(cell.tile_m) in cell.summary
+
+
+@pytest.mark.parametrize("key", FA3_FWD_KEYS, ids=str)
+def test_fa3_fwd_cell(key: DispatchKey) -> None:
+    cell = Fa3FwdCell.for_key(key)
+    assert cell == Cell.of(key) and cell.threads == 128 * (cell.tile_m // 64 + 1)
     assert cell.padded_columns >= cell.head_dim and cell.q_tile.rows == cell.tile_m and cell.kv_tile.rows == cell.tile_n
 
 
-@pytest.mark.parametrize("key", KEYS, ids=str)
+@pytest.mark.parametrize("key", FA3_FWD_KEYS, ids=str)
 def test_template_steps_through_k_as_layouts_says(key: DispatchKey) -> None:
     """The one formula of placement that the template spells out (column_step_bytes), beside layouts.py's."""
-    cell = Cell.of(key)
+    cell = Fa3FwdCell.for_key(key)
     for tile, chunk_bytes in ((cell.q_tile, cell.q_chunk_bytes), (cell.kv_tile, cell.kv_chunk_bytes)):
         steps = [step * 16 // cell.chunk_columns * chunk_bytes + step * 16 % cell.chunk_columns * 2 for step in range(cell.head_dim // 16)]
         assert steps == [tile.k_major_step_bytes(step) for step in range(cell.head_dim // 16)]
@@ -42,7 +52,7 @@ def test_template_steps_through_k_as_layouts_says(key: DispatchKey) -> None:
 
 
 def test_tile_table_has_no_row_without_a_cell() -> None:
-    assert {(key.head_dim, key.causal) for key in KEYS} == set(FA3_FWD_TILES)
+    assert {(key.head_dim, key.causal) for key in FA3_FWD_KEYS} == set(FA3_FWD_TILES)
 
 
 def test_invalid_key_has_no_cell() -> None:
@@ -79,7 +89,7 @@ def test_rendered_text(key: DispatchKey) -> None:
 
 @pytest.mark.parametrize("key", KEYS, ids=str)
 def test_feature_off_leaves_no_word(key: DispatchKey) -> None:
-    words = {"softcap", "dropout", "fp8"} | {word for field, word in FLAG_WORDS if not getattr(key, field)} - {"causal"}
+    words = {"fp8"} | {word for field, word in FLAG_WORDS if not getattr(key, field)} - {"causal"}
     text = render(Cell.of(key)).text.lower()
     assert not [word for word in words if re.search(rf"\b\w*{word}\w*\b", text)]
 

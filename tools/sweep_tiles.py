@@ -1,12 +1,13 @@
 #!/usr/bin/env python
 """Sweep the tile table of the fa3 forward on a Hopper GPU: predicted beside measured, one line per candidate.
 
-A candidate is tile_m x tile_n, a scheduler, and one or two tiles of Q in flight. Predicted: registers a consumer thread needs for S, P and
-O (of those it has), shared memory, and the share of the matrix products that falls inside the problem (what is left after whole tiles,
-and under a causal mask after whole blocks on the diagonal). Each candidate is timed as tools/bench.py times peers.
+A candidate is tile_m x tile_n, a scheduler, one or two tiles of Q in flight, and whether a warpgroup's P V runs during its softmax
+("own"). Predicted: registers a consumer thread needs for S, P and O (of those it has), shared memory, and the share of the matrix products
+that falls inside the problem (what is left after whole tiles, and under a causal mask after whole blocks on the diagonal). What spills, or
+has its products serialised by the compiler, is left out. Each candidate is timed as tools/bench.py times peers.
 
 usage: tools/sweep_tiles.py [--head-dims 64,128] [--causal full|causal|both] [--seqlens 4096,16384] [--tiles 192x112,128x128]
-                            [--schedulers static,dynamic] [--rounds N] [--fa3-library FILE]
+                            [--schedulers static,dynamic] [--rounds N] [--fa3-library FILE] [--compile-only]
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cutlass_fa.arch.sm90 import FA3_FWD_TILES, MAX_SMEM_BYTES, REGISTER_SPLITS, fa3_fwd_tile
-from cutlass_fa.cell import Cell
+from cutlass_fa.arch.limits import limits_of
+from cutlass_fa.arch.sm90 import FA3_FWD_TILES, REGISTER_SPLITS, fa3_fwd_tile
+from cutlass_fa.cells.fa3_fwd import Fa3FwdCell
 from cutlass_fa.dispatch import DispatchKey
 from cutlass_fa.kernels import Kernel, load_or_compile
 from tools.bench import Point, interleaved_medians
@@ -31,25 +33,28 @@ TILE_NS = {64: (96, 112, 128, 144, 160, 176, 192), 80: (96, 112, 128, 144, 160, 
            128: (80, 96, 112, 128, 144, 160, 176, 192), 192: (64, 80, 96, 112), 256: (48, 64, 80)}  # fmt: skip
 
 
-def candidates(head_dim: int, causal: bool, tiles: list[tuple[int, int]] | None, schedulers: list[str]) -> list[Cell]:
+def candidates(head_dim: int, causal: bool, tiles: list[tuple[int, int]] | None, schedulers: list[str]) -> list[Fa3FwdCell]:
     """Every tile (of `tiles`, or of the grid) that fits shared memory and leaves a consumer 24 registers besides S, P and O."""
     key = DispatchKey("fa3", "fwd", "sm_90a", "bf16", head_dim, causal=causal)
     swizzle = FA3_FWD_TILES[head_dim, causal].swizzle_bytes
     cells = [
-        Cell(key, fa3_fwd_tile(tile_m, tile_n, scheduler, q_stages, swizzle))
+        Fa3FwdCell(key, fa3_fwd_tile(tile_m, tile_n, scheduler, q_stages, swizzle, own_overlap))
         for tile_m, tile_n in tiles or ((tile_m, tile_n) for tile_m in REGISTER_SPLITS for tile_n in TILE_NS[head_dim])
         for scheduler in schedulers
         for q_stages in (1, 2)
+        for own_overlap in (False, True)
     ]
-    return [cell for cell in cells if cell.smem_bytes <= MAX_SMEM_BYTES and registers(cell) <= cell.consumer_registers - 24]
+    return [
+        cell for cell in cells if cell.smem_bytes <= limits_of(cell.arch).smem_bytes and registers(cell) <= cell.consumer_registers - 24
+    ]
 
 
-def registers(cell: Cell) -> int:
+def registers(cell: Fa3FwdCell) -> int:
     """Registers of S, P and O in one consumer thread."""
-    return cell.tile_n // 2 + cell.tile_n // 4 + cell.head_dim // 2
+    return cell.tile_n // 2 + cell.tile_n // 4 * (1 + cell.has_own_overlap) + cell.head_dim // 2
 
 
-def useful_share(cell: Cell, seqlen: int) -> float:
+def useful_share(cell: Fa3FwdCell, seqlen: int) -> float:
     """Matrix products inside the problem over matrix products issued."""
     tile_m, tile_n, causal = cell.tile_m, cell.tile_n, cell.is_causal
     blocks = 0
@@ -60,16 +65,16 @@ def useful_share(cell: Cell, seqlen: int) -> float:
     return useful / (blocks * tile_m * tile_n)
 
 
-def label(cell: Cell) -> str:
-    return f"{cell.tile_m}x{cell.tile_n} {cell.tile.scheduler} q{cell.q_stages}"
+def label(cell: Fa3FwdCell) -> str:
+    return f"{cell.tile_m}x{cell.tile_n} {cell.tile.scheduler} q{cell.q_stages}" + " own" * cell.has_own_overlap
 
 
-def launchers(cells: list[Cell], kernels: list[Kernel], head_dim: int, causal: bool, seqlen: int, fa3: Any) -> dict[str, Any]:
+def launchers(cells: list[Fa3FwdCell], kernels: list[Kernel], head_dim: int, causal: bool, seqlen: int, fa3: Any) -> dict[str, Any]:
     """What to time on one problem, by label."""
     import torch
 
     from cutlass_fa.arrays import library_of
-    from cutlass_fa.launch import LaunchPlan
+    from cutlass_fa.launches import forward_plan
     from cutlass_fa.problem import Problem
     from cutlass_fa.requests import Window
 
@@ -78,12 +83,12 @@ def launchers(cells: list[Cell], kernels: list[Kernel], head_dim: int, causal: b
     library = library_of(type(q))
     problem = Problem.from_specs(*map(library.spec, (q, k, v, out)), arch="sm_90a", mask=Window(-1, -1, causal))
     lse = torch.empty((shape[0], shape[2], seqlen), device="cuda")
-    pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
+    pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr())
 
     def ours(kernel: Kernel) -> Any:
-        plan = LaunchPlan(problem, kernel)
+        plan = forward_plan(problem, kernel)
         # the default argument keeps the arrays alive as long as their addresses are used
-        return lambda _keep=(q, k, v, out): plan.run(pointers, lse.data_ptr(), torch.cuda.current_stream().cuda_stream)
+        return lambda _keep=(q, k, v, out): plan.run(pointers, out.data_ptr(), lse.data_ptr(), torch.cuda.current_stream().cuda_stream)
 
     runs = {label(cell): ours(kernel) for cell, kernel in zip(cells, kernels, strict=True)}
     if fa3 is not None:
@@ -91,13 +96,22 @@ def launchers(cells: list[Cell], kernels: list[Kernel], head_dim: int, causal: b
     return runs
 
 
+def compiled(cells: list[Fa3FwdCell], pool: ProcessPoolExecutor) -> list[tuple[Fa3FwdCell, Kernel]]:
+    """The candidates that the compiler neither spills nor serialises."""
+    pairs = zip(cells, pool.map(load_or_compile, cells), strict=True)
+    return [(cell, kernel) for cell, kernel in pairs if kernel.cubin.spill_bytes == 0 and not kernel.cubin.warnings]
+
+
 def sweep(head_dim: int, causal: bool, arguments: argparse.Namespace, fa3: Any, pool: ProcessPoolExecutor) -> None:
+    built = compiled(candidates(head_dim, causal, arguments.tiles, arguments.schedulers), pool)
+    if arguments.compile_only:
+        print(f"head_dim {head_dim} {'causal' if causal else 'full'}: {', '.join(label(cell) for cell, _ in built)}", flush=True)
+        return
     import torch
 
     timings = TorchDevice(torch).timings
-    cells = candidates(head_dim, causal, arguments.tiles, arguments.schedulers)
+    cells, kernels = [cell for cell, _ in built], [kernel for _, kernel in built]
     seqlens: list[int] = arguments.seqlens
-    kernels = list(pool.map(load_or_compile, cells))
     rates: dict[str, list[float]] = {}
     for seqlen in seqlens:
         point = Point("bf16", head_dim, seqlen, causal)
@@ -129,11 +143,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--fa3-library")
     parser.add_argument("--jobs", type=int, default=8, help="processes that compile")
+    parser.add_argument("--compile-only", action="store_true", help="fill the cache and say what is left to time; needs no GPU")
     arguments = parser.parse_args()
-    import torch
-
     fa3 = None
     if arguments.fa3_library:
+        import torch
+
         torch.ops.load_library(arguments.fa3_library)
         fa3 = torch.ops.flash_attn_3
     import multiprocessing

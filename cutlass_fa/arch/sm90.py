@@ -1,4 +1,4 @@
-"""Hopper (sm_90a): limits and the tile table of the fa3 forward.
+"""Hopper (sm_90a): the tile table of the fa3 forward.
 
 Tiles are data: FlashAttention-3's table was the start, tools/sweep_tiles.py the judge.
 """
@@ -7,9 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-MAX_SMEM_BYTES = 232448  # dynamic shared memory one CTA may ask for (227 KiB)
-REGISTERS_PER_SM = 65536
-
 
 @dataclass(frozen=True)
 class Fa3FwdTile:
@@ -17,6 +14,8 @@ class Fa3FwdTile:
 
     swizzle_bytes is the width of a shared-memory chunk: 128 unless head_dim is not a multiple of 64.
     scheduler: "static" CTAs walk the work list side by side; "dynamic" ones take tiles from a counter.
+    own_overlap: new probabilities get registers of their own, so that a warpgroup's P V runs during its softmax; else only other
+    warpgroups' products do.
     """
 
     tile_m: int
@@ -27,16 +26,19 @@ class Fa3FwdTile:
     stages: int = 2
     q_stages: int = 1
     swizzle_bytes: int = 128
+    own_overlap: bool = False
 
 
 # tile_m -> registers per thread of the producer and of a consumer. Two consumers leave the producer 40: at 24 its tile decoding spills.
 REGISTER_SPLITS = {128: (40, 232), 192: (32, 160)}
 
 
-def fa3_fwd_tile(tile_m: int, tile_n: int, scheduler: str, q_stages: int, swizzle_bytes: int = 128) -> Fa3FwdTile:
+def fa3_fwd_tile(
+    tile_m: int, tile_n: int, scheduler: str, q_stages: int, swizzle_bytes: int = 128, own_overlap: bool = False
+) -> Fa3FwdTile:
     """A row with the register split of its height."""
     producer, consumer = REGISTER_SPLITS[tile_m]
-    return Fa3FwdTile(tile_m, tile_n, producer, consumer, scheduler, q_stages=q_stages, swizzle_bytes=swizzle_bytes)
+    return Fa3FwdTile(tile_m, tile_n, producer, consumer, scheduler, 2, q_stages, swizzle_bytes, own_overlap)
 
 
 # (head_dim, causal) -> tile. Chosen on an H100 80GB HBM3 (driver 580.159, NVRTC 13.0, bf16, 16k tokens, seqlen 1k, 4k and 16k), by the
@@ -47,12 +49,12 @@ FA3_FWD_TILES: dict[tuple[int, bool], Fa3FwdTile] = {
     (64, True): fa3_fwd_tile(192, 128, "dynamic", q_stages=2),
     (80, False): fa3_fwd_tile(192, 112, "dynamic", q_stages=2, swizzle_bytes=64),
     (80, True): fa3_fwd_tile(192, 96, "dynamic", q_stages=2, swizzle_bytes=64),
-    (96, False): fa3_fwd_tile(192, 112, "static", q_stages=2, swizzle_bytes=64),
-    (96, True): fa3_fwd_tile(192, 112, "dynamic", q_stages=2, swizzle_bytes=64),
-    (128, False): fa3_fwd_tile(128, 128, "static", q_stages=2),
-    (128, True): fa3_fwd_tile(128, 128, "dynamic", q_stages=2),
+    (96, False): fa3_fwd_tile(192, 112, "dynamic", q_stages=2, swizzle_bytes=64),
+    (96, True): fa3_fwd_tile(192, 96, "dynamic", q_stages=2, swizzle_bytes=64),
+    (128, False): fa3_fwd_tile(128, 128, "static", q_stages=2, own_overlap=True),
+    (128, True): fa3_fwd_tile(128, 128, "dynamic", q_stages=2, own_overlap=True),
     (192, False): fa3_fwd_tile(128, 80, "dynamic", q_stages=2),
     (192, True): fa3_fwd_tile(128, 96, "dynamic", q_stages=1),
-    (256, False): fa3_fwd_tile(128, 80, "dynamic", q_stages=1),
+    (256, False): fa3_fwd_tile(128, 64, "static", q_stages=1),
     (256, True): fa3_fwd_tile(128, 64, "dynamic", q_stages=1),
 }

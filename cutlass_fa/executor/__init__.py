@@ -5,6 +5,7 @@ Nothing that calls a GPU imports this package. docs/executor.md says what it che
 
 from __future__ import annotations
 
+from .backward import Backward, run_backward
 from .build import ExecutorKernel, Program, compiler_problem
 from .faults import ExecutorError, ExecutorFault, HostCompileError
 from .forward import SMALL_DEVICE, Forward, run_forward
@@ -12,6 +13,7 @@ from .launch import Buffer, GlobalMemory, launch
 
 __all__ = [
     "SMALL_DEVICE",
+    "Backward",
     "Buffer",
     "ExecutorError",
     "ExecutorFault",
@@ -22,5 +24,6 @@ __all__ = [
     "Program",
     "compiler_problem",
     "launch",
+    "run_backward",
     "run_forward",
 ]

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import ctypes
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from ..arrays import ArraySpec, library_of
+from ..arrays import library_of
 from ..cell import Cell
+from ..cells.fa2_fwd import Fa2FwdCell
+from ..cells.fa3_fwd import Fa3FwdCell
 from ..device import DeviceInfo
-from ..launch import grid_size, map_geometries, pack_params
+from ..launches import fa2_fwd, fa3_fwd
 from ..problem import Problem
 from ..render import render
-from ..requests import Persistent, PersistentMode, Window
+from ..requests import PersistentMode, Window
 from .build import ExecutorKernel, Program
-from .faults import ExecutorFault
+from .faults import ExecutorError, ExecutorFault
 from .launch import DEFAULT_TIME_LIMIT_S, Buffer, GlobalMemory, launch
+from .outputs import POISON_BYTE, Output, check_written, span
 from .tensor_map import encode
 
 # A GPU of few multiprocessors, so that persistent kernels have several tiles per CTA at small sizes; its L2 makes causal sections of a
 # few heads.
 SMALL_DEVICE = DeviceInfo("sm_90a", num_sms=2, l2_bytes=1 << 18, name="CPU executor")
-
-FRAME_BYTE = 0xC3  # what lies around a strided output
-POISON_BYTE = 0xFF  # NaN: what an output holds before the kernel writes it
-
 
 @dataclass(frozen=True)
 class Forward:
@@ -45,6 +44,9 @@ def run_forward(
     seed: int,
     program: Program | None = None,
     softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    random_state: tuple[int, int] = (0, 0),
     persistent: PersistentMode | None = None,
     out_like: np.ndarray | None = None,
     device: DeviceInfo = SMALL_DEVICE,
@@ -55,103 +57,70 @@ def run_forward(
     q: (batch, seqlen_q, num_heads_q, head_dim), k and v: (batch, seqlen_k, num_heads_kv, head_dim), in the cell's dtype (bfloat16 through
     ml_dtypes); any strides that a call on the GPU accepts. head_dim at most the cell's.
     seed: the schedule. program: `cell` compiled already. softmax_scale: default 1 / sqrt(head_dim).
-    persistent: default Persistent(), as the launcher's. out_like: an array whose shape and strides the output has; default contiguous.
+    softcap, dropout_p: positive where the cell has them, else 0. random_state: dropout's seed and offset.
+    persistent: default Persistent(), as the launcher's, in the family that has it.
+    out_like: an array whose shape and strides the output has; default contiguous.
 
     Raises ExecutorFault where the kernel misbehaves (also when it writes around a strided output, or leaves some of an output unwritten),
     ExecutorError and HostCompileError, and what Problem.from_specs raises for bad arguments.
     """
     if program is None:
         program = ExecutorKernel.build(render(cell))
-    problem = _problem(q, k, v, out_like, softmax_scale, persistent, causal=cell.key.causal)
+    options = {"softmax_scale": softmax_scale, "softcap": softcap, "dropout_p": dropout_p, "persistent": persistent}
+    problem = _problem(cell, q, k, v, out_like, options)
     memory = GlobalMemory()
-    buffers = [memory.add(name, _span(array)) for name, array in (("q", q), ("k", k), ("v", v))]
-    maps = [encode(geometry, buffer.address) for geometry, buffer in zip(map_geometries(problem, cell), buffers, strict=True)]
-    out = _Output.add(memory, problem.out)
+    buffers = {name: memory.add(name, span(array)) for name, array in (("q", q), ("k", k), ("v", v))}
+    out = Output.add(memory, problem.out)
     lse_shape = (q.shape[0], q.shape[2], q.shape[1])
     lse = memory.add("lse", np.full(4 * int(np.prod(lse_shape)), POISON_BYTE, np.uint8), writable=True)
     counter = memory.add("tile_counter", np.zeros(4, np.uint8), writable=True)
-    params = pack_params(problem, cell, device)
-    for name, buffer in (("o", out.buffer), ("lse", lse), ("tile_counter", counter)):
-        if name in (params.dtype.names or ()):
-            params[name] = buffer.address
-    grid = grid_size(problem.request.persistent or Persistent(), int(params["num_tiles"][0]), device)
-    launch(program, grid, [*maps, params.tobytes()], memory, seed=seed, time_limit_s=time_limit_s)
+    buffers |= {"o": out.buffer, "lse": lse, "tile_counter": counter}
+    grid, arguments = _arguments(problem, cell, buffers, random_state, device)
+    launch(program, grid, arguments, memory, seed=seed, time_limit_s=time_limit_s)
     name = f"{program.source.name}, seed {seed}"
     if counter.data.any():
         raise ExecutorFault("fault", f"{name}: fault: the tile counter is {counter.data.view(np.int32)[0]} after the launch, not 0")
     out_bits, lse_bits = out.values(name), lse.data.view(np.uint32).reshape(lse_shape)
-    _check_written(name, "out", out_bits)
-    _check_written(name, "lse", lse_bits)
+    check_written(name, "out", out_bits)
+    check_written(name, "lse", lse_bits)
     return Forward(out_bits.view(q.dtype), lse_bits.view(np.float32))
 
 
-def _check_written(run: str, what: str, bits: np.ndarray) -> None:
-    """Raises ExecutorFault where an element still holds POISON_BYTE throughout: a NaN, and not the one that kernels write."""
-    untouched = bits == np.iinfo(bits.dtype).max
-    if untouched.any():
-        first = tuple(int(i) for i in np.argwhere(untouched)[0])
-        raise ExecutorFault(
-            "fault", f"{run}: fault: {int(untouched.sum())} of {bits.size} elements of {what} were never written, first {first}"
-        )
+def _arguments(
+    problem: Problem, cell: Cell, buffers: Mapping[str, Buffer], random_state: tuple[int, int], device: DeviceInfo
+) -> tuple[int, list[bytes]]:
+    """What the plan of the cell's family launches with: CTAs, and the kernel's arguments."""
+    maps: list[bytes] = []
+    if isinstance(cell, Fa3FwdCell):
+        maps = [encode(geometry, buffers[x].address) for x, geometry in zip("qkv", fa3_fwd.map_geometries(problem, cell), strict=True)]
+        params = fa3_fwd.pack_params(problem, cell, device)
+        grid = fa3_fwd.grid_of(problem, params, device)
+    else:
+        assert isinstance(cell, Fa2FwdCell)
+        params = fa2_fwd.pack_params(problem, cell, device)
+        grid = fa2_fwd.grid_of(problem, cell)
+    for field in cell.params:
+        if field.is_address:
+            params[field.name] = buffers[field.name].address
+    if cell.has_dropout:
+        params["dropout_seed"], params["dropout_offset"] = random_state
+    return grid, [*maps, params.tobytes()]
 
 
-@dataclass(frozen=True)
-class _Output:
-    """The bytes that a strided 16-bit output spans: NaN where its elements lie, FRAME_BYTE between them."""
-
-    buffer: Buffer
-    spec: ArraySpec
-
-    @classmethod
-    def add(cls, memory: GlobalMemory, spec: ArraySpec) -> _Output:
-        data = np.full(_span_elements(spec) * 2, FRAME_BYTE, np.uint8)
-        _elements(data, spec)[...] = POISON_BYTE * 0x101
-        return cls(memory.add("out", data, writable=True), spec)
-
-    def values(self, run: str) -> np.ndarray:
-        """The elements' bits as a contiguous array. Raises ExecutorFault where bytes between them changed."""
-        frame = self.buffer.data.copy()
-        values = _elements(frame, self.spec).copy()
-        _elements(frame, self.spec)[...] = FRAME_BYTE * 0x101
-        if (frame != FRAME_BYTE).any():
-            raise ExecutorFault(
-                "fault", f"{run}: fault: out was written between its elements, at byte {int((frame != FRAME_BYTE).argmax())}"
-            )
-        return values
-
-
-def _span_elements(spec: ArraySpec) -> int:
-    return 1 + sum((extent - 1) * stride for extent, stride in zip(spec.shape, spec.strides, strict=True))
-
-
-def _elements(data: np.ndarray, spec: ArraySpec) -> np.ndarray:
-    return np.lib.stride_tricks.as_strided(data.view(np.uint16), spec.shape, [2 * stride for stride in spec.strides])
-
-
-def _span(array: np.ndarray) -> np.ndarray:
-    """The bytes from an array's first element to its last, those between its rows included."""
-    size = array.itemsize + sum((extent - 1) * stride for extent, stride in zip(array.shape, array.strides, strict=True))
-    return np.frombuffer(ctypes.string_at(array.ctypes.data, size), np.uint8)
-
-
-def _problem(
-    q: np.ndarray,
-    k: np.ndarray,
-    v: np.ndarray,
-    out_like: np.ndarray | None,
-    softmax_scale: float | None,
-    persistent: PersistentMode | None,
-    *,
-    causal: bool,
-) -> Problem:
+def _problem(cell: Cell, q: np.ndarray, k: np.ndarray, v: np.ndarray, out_like: np.ndarray | None, options: Mapping[str, Any]) -> Problem:
+    """The call's problem. Raises ExecutorError where its options are not those that `cell` was made for."""
     spec: Any = library_of(np.ndarray).spec
-    return Problem.from_specs(
+    problem = Problem.from_specs(
         spec(q),
         spec(k),
         spec(v),
         None if out_like is None else spec(out_like),
-        arch="sm_90a",
-        mask=Window(-1, -1, causal=causal),
-        softmax_scale=softmax_scale,
-        persistent=persistent,
+        arch=cell.arch,
+        family=cell.key.family,
+        mask=Window(-1, -1, causal=cell.key.causal),
+        **options,
     )
+    key = replace(problem.request.dispatch_key(), head_dim=cell.key.head_dim, gqa_ratio=cell.key.gqa_ratio)
+    if key != cell.key:
+        raise ExecutorError(f"the call needs {key}, and the kernel is {cell.key}")
+    return problem

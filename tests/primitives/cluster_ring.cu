@@ -63,14 +63,14 @@ CUTLASS_FA_DEVICE void produce(SharedStorage& shared, TensorMap const& map, Para
   int const half = cluster_rank();
   PipelineState<kStages> pipe;
   for (int step = 0; step < params.steps; ++step, pipe.advance()) {
-    if constexpr (kWaitEmpty) { shared.empty[pipe.stage].wait(pipe.parity ^ 1); }
-    shared.full[pipe.stage].arrive_and_expect(kExpected);
+    if constexpr (kWaitEmpty) { shared.empty[pipe.stage()].wait(pipe.parity() ^ 1); }
+    shared.full[pipe.stage()].arrive_and_expect(kExpected);
     uint16_t const mask = kOwnOnly ? 1 << half : kMask;
-    tma_load_multicast(map, shared.full[pipe.stage], mask, CacheHint::kEvictLast, shared.tile[pipe.stage][half], 0, 16 * step + 8 * half,
+    tma_load_multicast(map, shared.full[pipe.stage()], mask, CacheHint::kEvictLast, shared.tile[pipe.stage()][half], 0, 16 * step + 8 * half,
                        block_index() / kClusterCtas, 0);
   }
   for (int stage = 0; stage < kStages && !kExchange && kWaitTail; ++stage, pipe.advance()) {
-    shared.empty[pipe.stage].wait(pipe.parity ^ 1);
+    shared.empty[pipe.stage()].wait(pipe.parity() ^ 1);
   }
 }
 
@@ -89,11 +89,11 @@ CUTLASS_FA_DEVICE void consume(SharedStorage& shared, Params const& params, int 
   int const lane = thread_index() % kWarpSize;
   PipelineState<kStages> pipe;
   for (int step = 0; step < params.steps; ++step, pipe.advance()) {
-    if constexpr (kWaitFull) { shared.full[pipe.stage].wait(pipe.parity); }
+    if constexpr (kWaitFull) { shared.full[pipe.stage()].wait(pipe.parity()); }
     uint32_t words[4];
-    load_matrix_x4(words, shared.tile[pipe.stage][warp] + lane % 8 * 64 + lane / 8 * 16);
+    load_matrix_x4(words, shared.tile[pipe.stage()][warp] + lane % 8 * 64 + lane / 8 * 16);
     for (int j = 0; j < 4; ++j) { sums[j] = 3 * sums[j] + words[j]; }
-    release(shared.empty[pipe.stage]);
+    release(shared.empty[pipe.stage()]);
   }
 }
 

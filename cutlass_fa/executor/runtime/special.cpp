@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Special functions with the accuracy of the hardware's units: results moved about within the documented error.
-// PTX ISA: ex2.approx.ftz.f32 (2 ulp), lg2.approx.ftz.f32 (2^-22 absolute near 1, 2 ulp elsewhere), cvt.rn.
+// PTX ISA: ex2.approx.ftz.f32 (2 ulp), lg2.approx.ftz.f32 (2^-22 absolute near 1, 2 ulp elsewhere), rcp.approx.ftz.f32 (1 ulp), cvt.rn.
 #include <cmath>
 #include <cstring>
 
 #include "machine.hpp"
+#include "operands.hpp"
 
 namespace cutlass_fa::executor {
 namespace {
@@ -45,6 +46,11 @@ float log2_approx(float x) {
   return moved(std::log2(x), x);
 }
 
+float reciprocal_approx(float x) {
+  x = flushed(x);
+  return flushed(moved(1.0f / x, x));
+}
+
 std::uint32_t bfloat16_bits(float x) {
   std::uint32_t const bits = bits_of(x);
   if (std::isnan(x)) { return 0x7FFF; }
@@ -63,5 +69,7 @@ std::uint32_t float16_bits(float x) {
   std::uint32_t const rebased = magnitude - 0x38000000;
   return sign | (rebased + 0xFFF + (rebased >> 13 & 1)) >> 13;
 }
+
+float float16_value(std::uint32_t bits) { return element_value(ElementKind::kFloat16, bits); }
 
 }  // namespace cutlass_fa::executor

@@ -12,12 +12,14 @@
 
 namespace cutlass_fa {
 
-CUTLASS_FA_DEVICE void load_matrix_x4(uint32_t (&words)[4], void const* row) {
+CUTLASS_FA_DEVICE void load_matrix_x4(uint32_t (&words)[4], SharedPointer row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-               : "r"(shared_address(row))
+               : "r"(row.address)
                : "memory");
 }
+
+CUTLASS_FA_DEVICE void load_matrix_x4(uint32_t (&words)[4], void const* row) { load_matrix_x4(words, SharedPointer{shared_address(row)}); }
 
 CUTLASS_FA_DEVICE void load_matrix_x2(uint32_t (&words)[2], void const* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
@@ -26,11 +28,15 @@ CUTLASS_FA_DEVICE void load_matrix_x2(uint32_t (&words)[2], void const* row) {
                : "memory");
 }
 
-CUTLASS_FA_DEVICE void load_matrix_x4_transposed(uint32_t (&words)[4], void const* row) {
+CUTLASS_FA_DEVICE void load_matrix_x4_transposed(uint32_t (&words)[4], SharedPointer row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-               : "r"(shared_address(row))
+               : "r"(row.address)
                : "memory");
+}
+
+CUTLASS_FA_DEVICE void load_matrix_x4_transposed(uint32_t (&words)[4], void const* row) {
+  load_matrix_x4_transposed(words, SharedPointer{shared_address(row)});
 }
 
 CUTLASS_FA_DEVICE void load_matrix_x2_transposed(uint32_t (&words)[2], void const* row) {

@@ -6,17 +6,19 @@
 
 namespace cutlass_fa {
 
-// Which stage of a ring comes next, and the parity of the phase that fills it.
+// Which stage of a ring comes next, and the parity of the phase that fills it; in one register.
 template <int kStages>
 struct PipelineState {
-  int stage = 0;
-  uint32_t parity = 0;
+  uint32_t position = 0;  // stage, and kParityBit
+
+  static constexpr uint32_t kParityBit = 1u << 16;
+
+  CUTLASS_FA_DEVICE int stage() const { return static_cast<int>(position % kParityBit); }
+  CUTLASS_FA_DEVICE uint32_t parity() const { return position / kParityBit; }
 
   CUTLASS_FA_DEVICE void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
+    ++position;
+    if (stage() == kStages) { position = (position - kStages) ^ kParityBit; }
   }
 };
 

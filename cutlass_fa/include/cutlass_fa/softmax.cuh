@@ -2,10 +2,13 @@
 // Online softmax (Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022) on a tensor-core accumulator.
 //
 // A thread holds two rows of the accumulator, interleaved in pairs of columns: element 4 j + 2 r + c is row r, column pair j, column c.
-// A row is spread over the four lanes of a quad. Maxima are kept equal in the quad; sums stay partial until `finalize`.
-// The maximum follows lazily: a row keeps the one it has until a score exceeds it by kMaxLag, in powers of two. Probabilities then reach
-// 2^kMaxLag instead of 1, which costs no precision in a floating-point format and none in the result, because the sum has the same factor;
-// and in nearly every block no row moves, so that the output need not be rescaled (the idea is FlashAttention-4's).
+// A row is spread over the four lanes of a quad. Origins are kept equal in the quad; sums stay partial until `finalize`.
+//
+// A row's scores are measured from an origin, its largest score when that was last looked for. Nothing but range asks for the largest: the
+// sum has the same factor as the output, and probabilities above 1 cost a floating-point format no precision. So every block is tried with
+// the origins that its rows have, and only where a sum says that a probability may have passed 2^8 does the warp look for the maxima, move
+// the origins and have the output rescaled. After a row's first block that is rare, and without it a score costs a multiply-add, an
+// exponential, an addition and half a conversion, none of which waits for a maximum. (FlashAttention-4 has a threshold on the maximum.)
 #pragma once
 
 #include <cutlass_fa/base.cuh>
@@ -14,72 +17,79 @@
 
 namespace cutlass_fa {
 
-constexpr float kMaxLag = 8.0f;  // 2^8 times the sum of a long row is far below float16's and float's largest numbers
+constexpr float kMaxBlockSum = 256.0f;  // of a thread's part of a row in one block; far below float16's largest number
 
 struct SoftmaxRows {
-  float max[2];  // the scores' origin: at most kMaxLag / scale_log2 below the largest score so far; equal in the quad
-  float sum[2];  // sum of exp2((score - max) * scale_log2) over this thread's columns
+  float origin[2];  // score * scale_log2 that probabilities are measured from; -inf before the first key; equal in the quad
+  float sum[2];     // sum of exp2(score * scale_log2 - origin) over this thread's columns
 };
 
-// acc_s <- exp2((acc_s - row max) * scale_log2), rows updated, `rescale` <- what everything summed so far must be multiplied by.
-// kFirst: no block came before. kMayBeEmpty: a row may have only -inf so far (masked blocks); its exponentials are then 0.
-template <bool kFirst, bool kMayBeEmpty, int kSize>
-CUTLASS_FA_DEVICE void online_softmax(float (&acc_s)[kSize], SoftmaxRows& rows, float (&rescale)[2], float scale_log2) {
+CUTLASS_FA_DEVICE SoftmaxRows empty_rows() { return {{negative_infinity(), negative_infinity()}, {0.0f, 0.0f}}; }
+
+// p <- exp2(acc_s * scale_log2 - origin) as the A operand of the next product, whose register order is the accumulator's.
+// sum: this thread's part of each row.
+template <class Element, int kSize>
+CUTLASS_FA_DEVICE void exponentiate(float const (&acc_s)[kSize], float const (&origin)[2], float scale_log2, uint32_t (&p)[kSize / 2],
+                                    float (&sum)[2]) {
+  sum[0] = sum[1] = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kSize / 2; ++i) {
+    int const r = i % 2;
+    float const low = exp2_approx(acc_s[2 * i] * scale_log2 - origin[r]);
+    float const high = exp2_approx(acc_s[2 * i + 1] * scale_log2 - origin[r]);
+    sum[r] += low;
+    sum[r] += high;
+    p[i] = pack2<Element>(low, high);
+  }
+}
+
+// p <- probabilities from the largest scores so far. Rows updated; `rescale` <- what everything summed before must be multiplied by. A row
+// that has only -inf so far gets zeros.
+template <class Element, int kSize>
+CUTLASS_FA_DEVICE void softmax_from_maximum(float const (&acc_s)[kSize], SoftmaxRows& rows, uint32_t (&p)[kSize / 2], float (&rescale)[2],
+                                            float scale_log2) {
+  float base[2], sum[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    float row_max = kFirst ? acc_s[2 * r] : rows.max[r];
+    float row_max = acc_s[2 * r];
 #pragma unroll
     for (int j = 0; j < kSize / 4; ++j) {
       row_max = fmaxf(row_max, acc_s[4 * j + 2 * r]);
       row_max = fmaxf(row_max, acc_s[4 * j + 2 * r + 1]);
     }
-    row_max = quad_max(row_max);
-    // -inf - -inf would be NaN: a row without any key yet is measured from 0
-    float base = kMayBeEmpty && row_max == negative_infinity() ? 0.0f : row_max;
-    rescale[r] = 1.0f;
-    if constexpr (!kFirst) {
-      float const lag = (base - rows.max[r]) * scale_log2;
-      if (lag <= kMaxLag) {
-        base = row_max = rows.max[r];
-      } else {
-        rescale[r] = exp2_approx(-lag);
-      }
-    }
-    rows.max[r] = row_max;
-
-    float const base_scaled = base * scale_log2;
-#pragma unroll
-    for (int j = 0; j < kSize / 4; ++j) {
-      acc_s[4 * j + 2 * r] = exp2_approx(acc_s[4 * j + 2 * r] * scale_log2 - base_scaled);
-      acc_s[4 * j + 2 * r + 1] = exp2_approx(acc_s[4 * j + 2 * r + 1] * scale_log2 - base_scaled);
-    }
-    float sum = kFirst ? 0.0f : rows.sum[r] * rescale[r];
-#pragma unroll
-    for (int j = 0; j < kSize / 4; ++j) {
-      sum += acc_s[4 * j + 2 * r];
-      sum += acc_s[4 * j + 2 * r + 1];
-    }
-    rows.sum[r] = sum;
+    float const origin = fmaxf(rows.origin[r], quad_max(row_max) * scale_log2);
+    base[r] = origin == negative_infinity() ? 0.0f : origin;  // -inf - -inf would be NaN
+    rescale[r] = exp2_approx(rows.origin[r] - base[r]);
+    rows.origin[r] = origin;
   }
+  exponentiate<Element>(acc_s, base, scale_log2, p, sum);
+  rows.sum[0] = rows.sum[0] * rescale[0] + sum[0];
+  rows.sum[1] = rows.sum[1] * rescale[1] + sum[1];
 }
 
-// Output rows follow their scores where some row of the warp has moved.
+// p <- the block's probabilities. False for the whole warp where no row's origin moved; else `rescale` is what the output must be multiplied
+// by. acc_s: masked scores are -inf. A row that has had no key yet makes NaN or infinity of its old origin, and so is looked at again.
+template <class Element, int kSize>
+CUTLASS_FA_DEVICE bool online_softmax(float const (&acc_s)[kSize], SoftmaxRows& rows, uint32_t (&p)[kSize / 2], float (&rescale)[2],
+                                      float scale_log2) {
+  float sum[2];
+  exponentiate<Element>(acc_s, rows.origin, scale_log2, p, sum);
+  bool const moves = warp_any(!(sum[0] <= kMaxBlockSum && sum[1] <= kMaxBlockSum));  // so written, NaN moves too
+  if (moves) {
+    softmax_from_maximum<Element>(acc_s, rows, p, rescale, scale_log2);
+  } else {
+    rows.sum[0] += sum[0];
+    rows.sum[1] += sum[1];
+  }
+  return moves;
+}
+
+// Output rows follow their scores.
 template <int kSize>
 CUTLASS_FA_DEVICE void rescale_rows(float (&acc_o)[kSize], float const (&rescale)[2]) {
-  if (warp_any(rescale[0] != 1.0f || rescale[1] != 1.0f)) {
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      acc_o[i] *= rescale[(i >> 1) & 1];
-    }
-  }
-}
-
-// The probabilities of a block as the A operand of the next product. The accumulator's register order is the operand's order.
-template <class Element, int kSize>
-CUTLASS_FA_DEVICE void convert_to_operand(float const (&acc_s)[kSize], uint32_t (&p)[kSize / 2]) {
-#pragma unroll
-  for (int i = 0; i < kSize / 2; ++i) {
-    p[i] = pack2<Element>(acc_s[2 * i], acc_s[2 * i + 1]);
+  for (int i = 0; i < kSize; ++i) {
+    acc_o[i] *= rescale[(i >> 1) & 1];
   }
 }
 
@@ -89,10 +99,10 @@ struct RowResult {
   float lse;
 };
 
-CUTLASS_FA_DEVICE RowResult finalize(SoftmaxRows const& rows, int r, float scale_log2) {
+CUTLASS_FA_DEVICE RowResult finalize(SoftmaxRows const& rows, int r) {
   float const sum = quad_sum(rows.sum[r]);
   bool const empty = sum == 0.0f;
-  return {empty ? 0.0f : 1.0f / sum, empty ? negative_infinity() : (rows.max[r] * scale_log2 + log2_approx(sum)) * kLn2};
+  return {empty ? 0.0f : 1.0f / sum, empty ? negative_infinity() : (rows.origin[r] + log2_approx(sum)) * kLn2};
 }
 
 }  // namespace cutlass_fa

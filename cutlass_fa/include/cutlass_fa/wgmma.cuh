@@ -50,6 +50,16 @@ CUTLASS_FA_DEVICE void pin_registers(uint32_t (&registers)[kSize]) {
   }
 }
 
+// p <- next_p here and not later: a move between the issue of two products would make the compiler serialise them.
+template <int kSize>
+CUTLASS_FA_DEVICE void take_operand(uint32_t (&p)[kSize], uint32_t const (&next_p)[kSize]) {
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) {
+    p[i] = next_p[i];
+  }
+  pin_registers(p);
+}
+
 // One struct per N, filled in by the macro below.
 template <int kN>
 struct WgmmaShape;

@@ -11,12 +11,20 @@ CUTLASS_FA_DEVICE void load_matrix_x4(uint32_t (&words)[4], void const* row, CUT
   executor::load_matrix(words, 4, row, false, site);
 }
 
+CUTLASS_FA_DEVICE void load_matrix_x4(uint32_t (&words)[4], SharedPointer row, CUTLASS_FA_SITE) {
+  executor::load_matrix(words, 4, row.address, false, site);
+}
+
 CUTLASS_FA_DEVICE void load_matrix_x2(uint32_t (&words)[2], void const* row, CUTLASS_FA_SITE) {
   executor::load_matrix(words, 2, row, false, site);
 }
 
 CUTLASS_FA_DEVICE void load_matrix_x4_transposed(uint32_t (&words)[4], void const* row, CUTLASS_FA_SITE) {
   executor::load_matrix(words, 4, row, true, site);
+}
+
+CUTLASS_FA_DEVICE void load_matrix_x4_transposed(uint32_t (&words)[4], SharedPointer row, CUTLASS_FA_SITE) {
+  executor::load_matrix(words, 4, row.address, true, site);
 }
 
 CUTLASS_FA_DEVICE void load_matrix_x2_transposed(uint32_t (&words)[2], void const* row, CUTLASS_FA_SITE) {

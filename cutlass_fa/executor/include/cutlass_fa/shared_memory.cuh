@@ -13,4 +13,12 @@ CUTLASS_FA_DEVICE Storage& dynamic_shared_memory(CUTLASS_FA_SITE) {
 
 CUTLASS_FA_DEVICE uint32_t shared_address(void const* pointer) { return executor::shared_address(pointer); }
 
+struct SharedPointer {
+  char const* address;
+};
+
+CUTLASS_FA_DEVICE SharedPointer shared_pointer(void const* pointer) { return {static_cast<char const*>(pointer)}; }
+
+CUTLASS_FA_DEVICE SharedPointer operator+(SharedPointer pointer, int bytes) { return {pointer.address + bytes}; }
+
 }  // namespace cutlass_fa

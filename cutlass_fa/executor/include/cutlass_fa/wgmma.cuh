@@ -33,6 +33,12 @@ CUTLASS_FA_DEVICE void pin_registers(uint32_t (&registers)[kSize], CUTLASS_FA_SI
   executor::pin_registers(registers, kSize, site);
 }
 
+template <int kSize>
+CUTLASS_FA_DEVICE void take_operand(uint32_t (&p)[kSize], uint32_t const (&next_p)[kSize], CUTLASS_FA_SITE) {
+  for (int i = 0; i < kSize; ++i) { p[i] = next_p[i]; }
+  pin_registers(p, site);
+}
+
 template <class Element>
 constexpr executor::ElementKind wgmma_element() {
   static_assert(is_same<Element, bfloat16> || is_same<Element, float16>, "wgmma multiplies bf16 or f16");

@@ -120,7 +120,9 @@ void cp_async_mbarrier_arrive(std::uint64_t* state, Site site);
 
 float exp2_approx(float x);
 float log2_approx(float x);
+float reciprocal_approx(float x);
 std::uint32_t bfloat16_bits(float x);
 std::uint32_t float16_bits(float x);
+float float16_value(std::uint32_t bits);
 
 }  // namespace cutlass_fa::executor

@@ -1,0 +1,197 @@
+"""The public backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import kernels
+from .api import BACKENDS, flash_attn_func
+from .arrays import ArrayLibrary, check_one_library, library_of, not_on_gpu
+from .device import check_current_device, device_info
+from .errors import InvalidArgument
+from .launches.fa2_bwd import BackwardPointers, Fa2BwdPlan
+from .problem import ALIGNMENT_BYTES
+from .problem_backward import BackwardProblem
+from .requests import Window
+
+_Options = tuple[float | None, bool, float, float, bool, bool]
+
+
+def flash_attn_backward(
+    dout: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any = None,
+    lse: Any = None,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    dropout_seed: int = 0,
+    dropout_offset: int = 0,
+    deterministic: bool = False,
+    dlse: Any = None,
+    recompute: bool = False,
+    dq: Any = None,
+    dk: Any = None,
+    dv: Any = None,
+    backend: str = "cuda",
+) -> tuple[Any, Any, Any]:
+    """Gradients of sum(out * dout) + sum(lse * dlse) by q, k and v, without the score matrix in memory (FlashAttention-2: Dao 2023).
+
+    dout: like out, (batch, seqlen_q, num_heads_q, head_dim). q, k, v, softmax_scale, causal, softcap, dropout_p, dropout_seed and
+        dropout_offset: as the forward had them; float16 or bfloat16, CuPy or PyTorch tensors on the GPU that need no gradient themselves.
+    out, lse: what the forward returned, lse float32 (batch, num_heads_q, seqlen_q); or recompute=True and neither: the call runs the
+        forward again, and nothing but q, k, v and dout need be kept for it.
+    deterministic: equal calls give equal bits of dq (dk and dv always have them), for the time and the float32 memory of copies of dq.
+    dlse: float32 like lse, the gradient by lse; default: none.
+    dq, dk, dv: where to write the gradients, like q, k and v, any strides that q may have; default: fresh contiguous arrays.
+    backend: "cuda", or "reference": NumPy arrays, computed in float64 on the CPU and rounded to q's dtype.
+
+    Returns (dq, dk, dv). Queries that see no key and keys that no query sees get gradients of 0. The float32 workspace comes from the
+    arrays' own library. Runs asynchronously on the caller's current stream and device; may be captured in a CUDA graph after a first call.
+    Raises InvalidArgument, UnsupportedDtype, UnsupportedHeadDim, InvalidGqaRatio, EmptyBatch, ZeroSeqlen, SeqlenOverflow,
+    Fp8BackwardUnsupported for bad input, UnsupportedCell for a combination without a kernel, MockMode where there is no GPU,
+    CompileError, CompileDisabled.
+    """
+    options = (softmax_scale, causal, softcap, dropout_p, deterministic, recompute)
+    random_state = (dropout_seed, dropout_offset)
+    gradients = (dq, dk, dv)
+    if backend == "reference":
+        return _reference(dout, q, k, v, out, lse, dlse, gradients, options, random_state)
+    if backend != "cuda":
+        raise InvalidArgument(f"backend={backend!r}: accepted are {', '.join(BACKENDS)}")
+    library = library_of(type(q))
+    plan = _plan(library, dout, q, k, v, out, lse, dlse, gradients, options)
+    problem, device = plan.problem, plan.problem.q.device
+    if recompute:
+        forward: dict[str, Any] = {"softmax_scale": softmax_scale, "causal": causal, "softcap": softcap}
+        forward |= {"dropout_p": dropout_p, "dropout_seed": dropout_seed, "dropout_offset": dropout_offset}
+        out, lse = flash_attn_func(q, k, v, return_lse=True, **forward)
+    fresh = (
+        library.empty(spec.shape, spec.dtype, device) if given is None else given
+        for given, spec in zip(gradients, (problem.dq, problem.dk, problem.dv), strict=True)
+    )
+    dq, dk, dv = fresh
+    workspace = library.empty((plan.workspace.floats,), "f32", device)
+    dlse_pointers = (0,) if dlse is None else library.pointers((dlse,))
+    pointers = BackwardPointers(*library.pointers((q, k, v, out, dout, lse)), *dlse_pointers, *library.pointers((dq, dk, dv)))
+    _check_pointers(pointers)
+    plan.run(pointers, *library.pointers((workspace,)), library.current_stream(device), random_state)
+    return dq, dk, dv
+
+
+_plans: dict[tuple[Any, ...], Fa2BwdPlan] = {}
+_MAX_PLANS = 4096
+
+
+def _plan(
+    library: ArrayLibrary,
+    dout: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    lse: Any,
+    dlse: Any,
+    gradients: tuple[Any, Any, Any],
+    options: _Options,
+) -> Fa2BwdPlan:
+    """The launch plan of a call, made at the first call of its kind and found by shapes, strides, dtypes and options afterwards."""
+    arrays = (dout, q, k, v, out, lse, dlse, *gradients)
+    names = ("dout", "q", "k", "v", "out", "lse", "dlse", "dq", "dk", "dv")
+    check_one_library(("q", *names), (q, *arrays))
+    given = tuple(array is not None for array in arrays)
+    kind = (library.signatures([array for array in arrays if array is not None]), given, options)
+    plan = _plans.get(kind)
+    if plan is None:
+        plan = _make_plan(library, arrays, options)
+        if len(_plans) >= _MAX_PLANS:
+            _plans.clear()
+        _plans[kind] = plan
+    return plan
+
+
+def _make_plan(library: ArrayLibrary, arrays: tuple[Any, ...], options: _Options) -> Fa2BwdPlan:
+    device = library.spec(arrays[1]).device
+    info = device_info(device) if device >= 0 else None
+    # Shapes are checked for CPU arrays too, as for a Hopper GPU, before their place in memory is refused.
+    problem = _problem(library, arrays, options, "sm_90a" if info is None else info.arch, None if info is None else info.num_sms)
+    if info is None:
+        raise not_on_gpu(library)
+    check_current_device(device)
+    keys = [key for key in problem.request.dispatch_keys() if key.direction != "fwd"]
+    return Fa2BwdPlan(problem, {key: kernels.get(key) for key in keys})
+
+
+def _problem(library: ArrayLibrary, arrays: tuple[Any, ...], options: _Options, arch: str, num_sms: int | None) -> BackwardProblem:
+    softmax_scale, causal, softcap, dropout_p, deterministic, recompute = options
+    dout, q, k, v, out, lse, dlse, dq, dk, dv = (None if array is None else library.spec(array) for array in arrays)
+    for name, spec in (("dout", dout), ("q", q), ("k", k), ("v", v)):
+        if spec is None:
+            raise InvalidArgument(f"{name} is None: dout, q, k and v are needed")
+    assert dout is not None and q is not None and k is not None and v is not None
+    return BackwardProblem.from_specs(
+        dout,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        dlse,
+        (dq, dk, dv),
+        recompute=recompute,
+        arch=arch,
+        mask=Window(-1, -1, causal=causal),
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        dropout_p=dropout_p,
+        deterministic=deterministic,
+        num_sms=num_sms,
+    )
+
+
+def _check_pointers(pointers: BackwardPointers) -> None:
+    """Raises InvalidArgument, naming the array, unless every address is a multiple of 16 bytes (of 4 for lse and dlse)."""
+    for name, pointer in vars(pointers).items():
+        alignment = 4 if name in ("lse", "dlse") else ALIGNMENT_BYTES
+        if pointer % alignment:
+            raise InvalidArgument(f"{name} starts at address {pointer:#x}, not a multiple of {alignment} bytes; copy it to a fresh array")
+
+
+def _reference(
+    dout: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    lse: Any,
+    dlse: Any,
+    gradients: tuple[Any, Any, Any],
+    options: _Options,
+    random_state: tuple[int, int],
+) -> tuple[Any, Any, Any]:
+    """The same call on NumPy arrays, in float64 from q, k, v and dout alone, rounded to q's dtype."""
+    from .dropout import dropout_mask
+    from .reference import attention_backward
+
+    library = library_of(type(q))
+    if library.name != "NumPy":
+        raise InvalidArgument(f"backend='reference' takes numpy.ndarray; q is a {library.name} array: use cupy.asnumpy or .cpu().numpy()")
+    request = _problem(library, (dout, q, k, v, out, lse, dlse, *gradients), options, "sm_90a", None).request
+    softmax_scale, causal, softcap, dropout_p, _, _ = options
+    forward: dict[str, Any] = {"softmax_scale": softmax_scale, "causal": causal, "softcap": softcap}
+    if dropout_p:
+        sizes = (request.batch, request.num_heads_q, request.seqlen_q, request.seqlen_k)
+        forward |= {"dropout_mask": dropout_mask(*random_state, dropout_p, *sizes), "dropout_p": dropout_p}
+    exact = attention_backward(dout, q, k, v, dlse=dlse, **forward)
+    results = []
+    for given, value in zip(gradients, (exact.dq, exact.dk, exact.dv), strict=True):
+        rounded = value.astype(q.dtype)
+        if given is not None:
+            given[...] = rounded
+        results.append(rounded if given is None else given)
+    dq, dk, dv = results
+    return dq, dk, dv

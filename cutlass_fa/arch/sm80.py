@@ -1,0 +1,113 @@
+"""The kernels of sm_80's instructions (family fa2): their tile tables, on every architecture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from .limits import table_arch
+
+
+@dataclass(frozen=True)
+class Fa2FwdTile:
+    """One row: `warps` warps of warp_rows query rows each, tile_n keys, `stages` key blocks in shared memory.
+
+    warp_rows: 32 lets every fragment of K and V serve two products; where head_dim is so large that 32 rows of O overflow a thread's
+    registers, 16. ctas_per_sm: CTAs that registers and shared memory must leave room for; one computes its softmax while another
+    multiplies. q_in_registers: Q is loaded from shared memory once and not for every key block.
+    """
+
+    warps: int
+    warp_rows: int
+    tile_n: int
+    ctas_per_sm: int
+    q_in_registers: bool = False
+    stages: int = 2
+
+
+def fa2_fwd_tile(arch: str, head_dim: int, *, causal: bool, softcap: bool, dropout: bool) -> Fa2FwdTile:
+    """The row of an architecture, or of the nearest older one that has a table."""
+    table = _TABLES[table_arch(arch)]
+    if dropout and head_dim in table.dropout:
+        return table.dropout[head_dim]
+    if softcap and head_dim in table.softcap:
+        return table.softcap[head_dim]
+    return table.tiles[head_dim, causal]
+
+
+@dataclass(frozen=True)
+class _Table:
+    """tiles: (head_dim, causal) -> tile. softcap, dropout: head_dim -> tile, where a feature's registers leave no room for that one."""
+
+    tiles: dict[tuple[int, bool], Fa2FwdTile]
+    softcap: dict[int, Fa2FwdTile]
+    dropout: dict[int, Fa2FwdTile]
+
+
+def _both(rows: dict[int, Fa2FwdTile]) -> dict[tuple[int, bool], Fa2FwdTile]:
+    """The same tile with and without a causal mask."""
+    return {(head_dim, causal): tile for head_dim, tile in rows.items() for causal in (False, True)}
+
+
+# No GPU has timed these rows yet: they are the largest tiles that fit without spills. tools/sweep_tiles.py --family fa2 times candidates.
+_HOPPER = _Table(
+    tiles=_both(
+        {
+            64: Fa2FwdTile(4, 32, 64, 2, q_in_registers=True),
+            80: Fa2FwdTile(4, 32, 64, 2),
+            96: Fa2FwdTile(4, 32, 64, 2),
+            128: Fa2FwdTile(4, 32, 64, 2),
+            192: Fa2FwdTile(8, 16, 64, 1),
+            256: Fa2FwdTile(8, 16, 64, 1),
+        }
+    ),
+    softcap={80: Fa2FwdTile(4, 32, 32, 2), 96: Fa2FwdTile(4, 32, 32, 2), 128: Fa2FwdTile(4, 32, 48, 2)},
+    dropout={
+        64: Fa2FwdTile(4, 32, 64, 2),
+        80: Fa2FwdTile(4, 32, 32, 2),
+        96: Fa2FwdTile(4, 32, 32, 2),
+        128: Fa2FwdTile(8, 16, 64, 1),
+        256: Fa2FwdTile(8, 16, 32, 1),
+    },
+)
+_BLACKWELL = replace(_HOPPER, tiles=_HOPPER.tiles | _both({128: Fa2FwdTile(4, 32, 48, 2)}))  # 64 keys spill where Hopper's do not
+_AMPERE = _Table(
+    tiles=_both(
+        {
+            64: Fa2FwdTile(4, 32, 64, 2, q_in_registers=True),
+            80: Fa2FwdTile(4, 32, 64, 2),
+            96: Fa2FwdTile(4, 32, 64, 2),
+            128: Fa2FwdTile(4, 32, 32, 2),
+            192: Fa2FwdTile(8, 16, 64, 1),
+            256: Fa2FwdTile(8, 16, 32, 1),
+        }
+    ),
+    softcap={80: Fa2FwdTile(4, 32, 32, 2), 96: Fa2FwdTile(4, 32, 32, 2)},
+    dropout={
+        64: Fa2FwdTile(4, 32, 64, 2),
+        80: Fa2FwdTile(4, 32, 32, 2),
+        96: Fa2FwdTile(4, 32, 32, 2),
+        128: Fa2FwdTile(8, 16, 64, 1),
+    },
+)
+_SMALL = _Table(  # 99 KiB of shared memory
+    tiles=_both(
+        {
+            64: Fa2FwdTile(4, 32, 64, 2, q_in_registers=True),
+            80: Fa2FwdTile(4, 32, 32, 2),
+            96: Fa2FwdTile(4, 32, 32, 2),
+            128: Fa2FwdTile(8, 16, 32, 1),
+            192: Fa2FwdTile(8, 16, 32, 1),
+            256: Fa2FwdTile(4, 16, 32, 1),
+        }
+    ),
+    softcap={},
+    dropout={64: Fa2FwdTile(4, 32, 64, 2)},
+)
+_TABLES: dict[str, _Table] = {
+    "sm_80": _AMPERE,
+    "sm_86": _SMALL,
+    "sm_89": _SMALL,
+    "sm_90a": _HOPPER,
+    "sm_100": _BLACKWELL,
+    "sm_120": _SMALL,
+}

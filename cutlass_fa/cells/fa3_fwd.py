@@ -1,0 +1,178 @@
+"""The fa3 forward (Hopper: TMA and WGMMA) of one key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from ..arch.limits import REGISTERS_PER_SM
+from ..arch.sm90 import FA3_FWD_TILES, Fa3FwdTile
+from ..cell import Cell, round_up
+from ..dispatch import DispatchKey
+from ..layouts import SwizzledTile
+from ..params import ParamField, fa3_fwd_params
+
+WARPGROUP_THREADS = 128
+MMA_K = 16  # columns (or keys) one 16-bit wgmma consumes
+
+
+@dataclass(frozen=True)
+class Fa3FwdCell(Cell):
+    """One fa3 forward kernel: tile, stages, registers, shared-memory layouts and the named booleans that templates test."""
+
+    tile: Fa3FwdTile
+
+    template = "sm90/fwd.cu.j2"
+    entry = "flash_fwd"
+
+    @classmethod
+    def for_key(cls, key: DispatchKey) -> Fa3FwdCell:
+        return cls(key, FA3_FWD_TILES[key.head_dim, key.causal])
+
+    def misfits(self) -> list[str]:
+        registers = WARPGROUP_THREADS * (self.tile.producer_registers + self.consumers * self.tile.consumer_registers)
+        checks = (
+            (self.tile.tile_m % 64 != 0, f"tile_m {self.tile.tile_m} is no multiple of a warpgroup's 64 rows"),
+            (self.tile.tile_n % MMA_K != 0, f"tile_n {self.tile.tile_n} is no multiple of {MMA_K}"),
+            (registers > REGISTERS_PER_SM, f"{registers} registers"),
+        )
+        return [reason for refused, reason in checks if refused]
+
+    # ---- sizes -------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def tile_m(self) -> int:
+        return self.tile.tile_m
+
+    @property
+    def tile_n(self) -> int:
+        return self.tile.tile_n
+
+    @property
+    def stages(self) -> int:
+        return self.tile.stages
+
+    @property
+    def q_stages(self) -> int:
+        return self.tile.q_stages
+
+    @property
+    def gqa_ratio(self) -> int:
+        return self.key.gqa_ratio
+
+    @property
+    def queries_per_tile(self) -> int:
+        """Queries of one tile: its rows, divided among the heads that are packed into them."""
+        return self.tile_m // self.gqa_ratio
+
+    @property
+    def work_heads(self) -> str:
+        """The Params field that counts the heads of the work list."""
+        return "num_heads_kv" if self.is_packed else "num_heads_q"
+
+    @property
+    def q_map_dimensions(self) -> str:
+        return "num_heads_kv, seqlen_q, kGqaRatio" if self.is_packed else "num_heads_q, seqlen_q"
+
+    @property
+    def consumers(self) -> int:
+        return self.tile_m // 64
+
+    @property
+    def threads(self) -> int:
+        return WARPGROUP_THREADS * (1 + self.consumers)
+
+    @property
+    def producer_registers(self) -> int:
+        return self.tile.producer_registers
+
+    @property
+    def consumer_registers(self) -> int:
+        return self.tile.consumer_registers
+
+    # ---- shared memory -----------------------------------------------------------------------------------------------------------
+
+    @property
+    def swizzle_bytes(self) -> int:
+        return self.tile.swizzle_bytes
+
+    @cached_property
+    def q_tile(self) -> SwizzledTile:
+        return SwizzledTile(self.tile_m, self.head_dim, self.swizzle_bytes)
+
+    @cached_property
+    def kv_tile(self) -> SwizzledTile:
+        return SwizzledTile(self.tile_n, self.head_dim, self.swizzle_bytes)
+
+    @property
+    def chunk_columns(self) -> int:
+        return self.q_tile.chunk_cols
+
+    @property
+    def chunks(self) -> int:
+        return self.q_tile.num_chunks
+
+    @property
+    def padded_columns(self) -> int:
+        return self.q_tile.padded_cols
+
+    @property
+    def q_chunk_bytes(self) -> int:
+        return self.q_tile.chunk_bytes
+
+    @property
+    def kv_chunk_bytes(self) -> int:
+        return self.kv_tile.chunk_bytes
+
+    @property
+    def smem_bytes(self) -> int:
+        """sizeof(SharedStorage): the rings of Q, K and V, their mbarriers of 8 bytes and the tile queue's 24, padded to 1024."""
+        data = self.q_stages * round_up(self.q_tile.size_bytes, 1024) + 2 * self.stages * round_up(self.kv_tile.size_bytes, 1024)
+        return round_up(data + 8 * (2 * self.q_stages + 4 * self.stages) + 24 * self.has_dynamic_scheduler, 1024)
+
+    # ---- what WGMMA is told about it ---------------------------------------------------------------------------------------------
+
+    @property
+    def q_descriptor(self) -> str:
+        return f"{self.q_tile.k_major_descriptor().bits:#018x}ull"
+
+    @property
+    def k_descriptor(self) -> str:
+        return f"{self.kv_tile.k_major_descriptor().bits:#018x}ull"
+
+    @property
+    def v_descriptor(self) -> str:
+        return f"{self.kv_tile.mn_major_descriptor().bits:#018x}ull"
+
+    @property
+    def v_step_bytes(self) -> int:
+        return self.kv_tile.mn_major_step_bytes(1)
+
+    @property
+    def warpgroup_q_bytes(self) -> int:
+        return 64 * self.swizzle_bytes
+
+    # ---- named booleans ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def is_packed(self) -> bool:
+        return self.key.gqa_ratio > 1
+
+    @property
+    def has_dynamic_scheduler(self) -> bool:
+        return self.tile.scheduler == "dynamic"
+
+    @property
+    def has_own_overlap(self) -> bool:
+        return self.tile.own_overlap
+
+    @property
+    def has_waiting_steps(self) -> bool:
+        """Whether some blocks are taken with P V first: where there is no overlap, and the few masked ones, whose code is then smaller."""
+        return self.is_causal or not self.has_own_overlap
+
+    # ---- Params ------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def params(self) -> tuple[ParamField, ...]:
+        return fa3_fwd_params(self.is_causal, self.is_packed, self.has_dynamic_scheduler, self.has_softcap)

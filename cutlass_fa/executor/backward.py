@@ -1,0 +1,110 @@
+"""The backward on the CPU executor: NumPy arrays in, what its three or more kernels wrote out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..arrays import library_of
+from ..cell import Cell
+from ..cells.fa2_bwd import Fa2BwdCell
+from ..dispatch import DispatchKey
+from ..launches.fa2_bwd import Workspace, launches_of
+from ..problem_backward import BackwardProblem
+from ..render import render
+from ..requests import Window
+from .build import ExecutorKernel, Program
+from .faults import ExecutorError
+from .launch import DEFAULT_TIME_LIMIT_S, GlobalMemory, launch
+from .outputs import POISON_BYTE, Output, check_written, span
+
+
+@dataclass(frozen=True)
+class Backward:
+    """dq, dk, dv in the shapes and the dtype of q, k and v."""
+
+    dq: np.ndarray
+    dk: np.ndarray
+    dv: np.ndarray
+
+
+def build_program(key: DispatchKey) -> Program:
+    """The program of a cell, compiled or found compiled."""
+    return ExecutorKernel.build(render(Cell.of(key)))
+
+
+def run_backward(
+    key: DispatchKey,
+    dout: np.ndarray,
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    out: np.ndarray,
+    lse: np.ndarray,
+    *,
+    seed: int,
+    build: Callable[[DispatchKey], Program] = build_program,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    random_state: tuple[int, int] = (0, 0),
+    dlse: np.ndarray | None = None,
+    gradients_like: tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None] = (None, None, None),
+    num_splits: int = 1,
+    num_copies: int = 1,
+    time_limit_s: int = DEFAULT_TIME_LIMIT_S,
+) -> Backward:
+    """Run a whole backward call whose main kernel is `key`'s on the CPU.
+
+    dout, q, k, v, out, lse, dlse: as flash_attn_backward takes them, in the key's dtype; any strides that a call on the GPU accepts.
+    seed: the schedule of every launch. build: where programs come from. softcap, dropout_p: positive where the key has them, else 0.
+    gradients_like: arrays whose shapes and strides dq, dk and dv have; default contiguous. num_splits, num_copies: as Fa2BwdRequest has them;
+    several splits where the key has them.
+
+    Raises ExecutorFault where a kernel misbehaves (also when it writes around a strided output or leaves some of an output unwritten),
+    ExecutorError where the call needs another main kernel than `key`, HostCompileError, and what BackwardProblem.from_specs raises.
+    """
+    spec: Any = library_of(np.ndarray).spec
+    problem = BackwardProblem.from_specs(
+        *map(spec, (dout, q, k, v, out, lse)),
+        None if dlse is None else spec(dlse),
+        tuple(None if like is None else spec(like) for like in gradients_like),
+        recompute=False,
+        arch=key.arch,
+        mask=Window(-1, -1, causal=key.causal),
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        dropout_p=dropout_p,
+        deterministic=key.deterministic,
+        num_splits=num_splits,
+        num_copies=num_copies,
+    )
+    if problem.request.dispatch_key() != key:
+        raise ExecutorError(f"the call needs {problem.request.dispatch_key()}, not {key}")
+    memory = GlobalMemory()
+    inputs = {"q": q, "k": k, "v": v, "out": out, "dout": dout, "lse": lse} | ({} if dlse is None else {"dlse": dlse})
+    addresses = {"dlse": 0} | {name: memory.add(name, span(array)).address for name, array in inputs.items()}
+    outputs = {name: Output.add(memory, getattr(problem, name), name) for name in ("dq", "dk", "dv")}
+    addresses |= {name: output.buffer.address for name, output in outputs.items()}
+    cells = {each: Cell.of(each) for each in problem.request.dispatch_keys()}
+    main = cells[key]
+    assert isinstance(main, Fa2BwdCell)
+    workspace = Workspace.of(problem, main)
+    start = memory.add("workspace", np.full(4 * workspace.floats, POISON_BYTE, np.uint8), writable=True).address
+    addresses |= {name: start + place for name, place in vars(workspace).items() if name != "floats"}
+    for each in launches_of(problem, cells):
+        for name, field in zip(each.addresses, cells[each.key].params, strict=False):
+            each.params[field.name] = addresses[name]
+        if cells[each.key].has_dropout:
+            each.params["dropout_seed"], each.params["dropout_offset"] = random_state
+        launch(build(each.key), each.grid, [each.params.tobytes()], memory, seed=seed, time_limit_s=time_limit_s)
+    results = {}
+    for name, output in outputs.items():
+        run = f"{key}, seed {seed}"
+        bits = output.values(run)
+        check_written(run, name, bits)
+        results[name] = bits.view(q.dtype)
+    return Backward(**results)

@@ -1,0 +1,88 @@
+"""The launch of the fa3 forward: tensor maps of q, k and v, then Params."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+
+from ..cells.fa3_fwd import Fa3FwdCell
+from ..device import DeviceInfo, device_info
+from ..kernels import Kernel
+from ..launch import KernelLaunch, grid_size, heads_per_section, pack, softmax_scales, tile_count
+from ..problem import Problem
+from ..requests import Fa3FwdRequest, Persistent
+from ..tile_counters import tile_counters
+from ..tma import TensorMapGeometry, TensorMaps
+
+
+class Fa3FwdPlan:
+    """A forward by the Hopper kernel; see ForwardPlan."""
+
+    def __init__(self, problem: Problem, kernel: Kernel) -> None:
+        cell = kernel.cell
+        assert isinstance(cell, Fa3FwdCell)
+        device = problem.q.device
+        self.problem = problem
+        self.kernel = kernel
+        self._maps = TensorMaps(*map_geometries(problem, cell))
+        params = pack_params(problem, cell, device_info(device))
+        launch = KernelLaunch(kernel, device, params, grid_of(problem, params, device_info(device)), num_maps=3)
+        # The first words of Params: o, lse, and tile_counter where there is one.
+        self._pointers, self._arguments = launch.params, launch.arguments
+        self._go, self._address = launch.go, launch.address
+        self._counters = tile_counters(device) if cell.has_dynamic_scheduler else None
+        self._lock = threading.Lock()
+
+    def run(self, qkv: tuple[int, int, int], out: int, lse: int, stream: int, random_state: tuple[int, int] = (0, 0)) -> None:
+        """See ForwardPlan. The kernel has no dropout."""
+        arguments, pointers = self._arguments, self._pointers
+        with self._lock:
+            arguments[0], arguments[1], arguments[2] = self._maps.host_addresses(qkv)
+            pointers[0] = out
+            pointers[1] = lse
+            if self._counters is not None:
+                pointers[2] = self._counters.take(stream)
+            self._go(stream, self._address, 0)
+
+
+def map_geometries(problem: Problem, cell: Fa3FwdCell) -> tuple[TensorMapGeometry, TensorMapGeometry, TensorMapGeometry]:
+    """What the tensor maps of q, k and v describe."""
+    if cell.is_packed:
+        q = TensorMapGeometry.of_packed_rows(problem.q, cell.queries_per_tile, cell.gqa_ratio, cell.chunk_columns)
+    else:
+        q = TensorMapGeometry.of_rows(problem.q, cell.tile_m, cell.chunk_columns)
+    k, v = (TensorMapGeometry.of_rows(spec, cell.tile_n, cell.chunk_columns) for spec in (problem.k, problem.v))
+    return q, k, v
+
+
+def pack_params(problem: Problem, cell: Fa3FwdCell, device: DeviceInfo) -> np.ndarray:
+    """The Params struct as a structured array of one element, addresses left 0."""
+    request = problem.request
+    work_heads = request.num_heads_q // cell.gqa_ratio
+    num_m_blocks = -(-request.seqlen_q // cell.queries_per_tile)
+    return pack(
+        cell,
+        {
+            "o_stride_batch": problem.out.strides[0],
+            "o_stride_row": problem.out.strides[1],
+            "o_stride_head": problem.out.strides[2],
+            "batch": request.batch,
+            "seqlen_q": request.seqlen_q,
+            "seqlen_k": request.seqlen_k,
+            "num_heads_q": request.num_heads_q,
+            "num_heads_kv": request.num_heads_kv,
+            "heads_per_kv_head": request.num_heads_q // request.num_heads_kv,
+            "head_dim": request.head_dim,
+            "num_m_blocks": num_m_blocks,
+            "num_tiles": tile_count(num_m_blocks, work_heads, request.batch),
+            **softmax_scales(request),
+            "heads_per_section": heads_per_section(problem.k, work_heads, device),
+        },
+    )
+
+
+def grid_of(problem: Problem, params: np.ndarray, device: DeviceInfo) -> int:
+    """CTAs of a launch, by the request's persistent mode."""
+    assert isinstance(problem.request, Fa3FwdRequest)
+    return grid_size(problem.request.persistent or Persistent(), int(params["num_tiles"][0]), device)

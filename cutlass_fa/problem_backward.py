@@ -1,0 +1,106 @@
+"""BackwardProblem: a backward request together with what its arrays look like, every argument checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .arrays import ArraySpec
+from .errors import InvalidArgument
+from .problem import check_out, check_rank, check_same_dtype, check_shapes, check_strides, contiguous_strides
+from .requests import Fa2BwdRequest
+
+MAX_ROW_STRIDE = 2**31 - 1  # elements: the kernels multiply it as a 32-bit number
+
+
+@dataclass(frozen=True)
+class BackwardProblem:
+    """q, out, dout, dq (batch, seqlen_q, num_heads_q, head_dim); k, v, dk, dv (batch, seqlen_k, num_heads_kv, head_dim); lse and dlse
+    float32 (batch, num_heads_q, seqlen_q), dlse None where there is none; strides in elements."""
+
+    request: Fa2BwdRequest
+    q: ArraySpec
+    k: ArraySpec
+    v: ArraySpec
+    out: ArraySpec
+    dout: ArraySpec
+    lse: ArraySpec
+    dlse: ArraySpec | None
+    dq: ArraySpec
+    dk: ArraySpec
+    dv: ArraySpec
+
+    @classmethod
+    def from_specs(
+        cls,
+        dout: ArraySpec,
+        q: ArraySpec,
+        k: ArraySpec,
+        v: ArraySpec,
+        out: ArraySpec | None,
+        lse: ArraySpec | None,
+        dlse: ArraySpec | None,
+        gradients: tuple[ArraySpec | None, ArraySpec | None, ArraySpec | None],
+        *,
+        recompute: bool,
+        **options: Any,
+    ) -> BackwardProblem:
+        """Check the arrays of a backward call and describe it. gradients: dq, dk, dv; None: a fresh contiguous array.
+
+        options: fields of Fa2BwdRequest that no array says. Raises InvalidArgument (rank, shape, stride, device, a mix of dtypes, out or
+        lse missing; names the argument), UnsupportedDtype, and everything that Fa2BwdRequest raises.
+        """
+        for name, spec in (("q", q), ("k", k), ("v", v), ("dout", dout)):
+            check_rank(name, spec)
+        check_same_dtype(q, k, v)
+        check_shapes(q, k, v)
+        batch, seqlen_q, num_heads_q, head_dim = q.shape
+        sizes = {"batch": batch, "seqlen_q": seqlen_q, "num_heads_q": num_heads_q, "head_dim": head_dim, "dtype": q.dtype}
+        request = Fa2BwdRequest(seqlen_k=k.shape[1], num_heads_kv=k.shape[2], recompute=recompute, **sizes, **options)
+        lse_like = ArraySpec((batch, num_heads_q, seqlen_q), contiguous_strides((batch, num_heads_q, seqlen_q)), "float32", q.device)
+        out, lse = _kept(out, _fresh(q), "out", recompute), _kept(lse, lse_like, "lse", recompute)
+        check_out(dout, q, "dout", allow_broadcast=True)
+        check_out(out, q)
+        dq, dk, dv = (spec or _fresh(like) for spec, like in zip(gradients, (q, k, v), strict=True))
+        for name, spec, like in (("dq", dq, "q"), ("dk", dk, "k"), ("dv", dv, "v")):
+            check_out(spec, q if like == "q" else k, name, like)
+        for name, spec in (("q", q), ("k", k), ("v", v), ("out", out), ("dout", dout), ("dq", dq), ("dk", dk), ("dv", dv)):
+            check_strides(name, spec)
+            _check_row_stride(name, spec)
+            _check_device(name, spec, q)
+        for name, per_row in (("lse", lse), ("dlse", dlse)):
+            if per_row is not None:
+                _check_per_row(name, per_row, lse_like)
+                _check_device(name, per_row, q)
+        return cls(request, q, k, v, out, dout, lse, dlse, dq, dk, dv)
+
+
+def _fresh(like: ArraySpec) -> ArraySpec:
+    return ArraySpec(like.shape, contiguous_strides(like.shape), like.dtype, like.device)
+
+
+def _kept(spec: ArraySpec | None, fresh: ArraySpec, name: str, recompute: bool) -> ArraySpec:
+    """out or lse of the forward: given, or to be made."""
+    if (spec is None) != recompute:
+        state = "is None" if spec is None else "is given"
+        raise InvalidArgument(f"{name} {state} and recompute={recompute}: pass what the forward returned, or recompute=True and None for both")
+    return fresh if spec is None else spec
+
+
+def _check_row_stride(name: str, spec: ArraySpec) -> None:
+    if spec.shape[1] > 1 and spec.strides[1] > MAX_ROW_STRIDE:
+        raise InvalidArgument(f"{name} has {spec.strides[1]} elements from one row to the next: at most {MAX_ROW_STRIDE}; copy {name}")
+
+
+def _check_device(name: str, spec: ArraySpec, q: ArraySpec) -> None:
+    if spec.device != q.device:
+        raise InvalidArgument(f"{name} is on device {spec.device} and q on device {q.device}: all arrays must be on one GPU")
+
+
+def _check_per_row(name: str, spec: ArraySpec, expected: ArraySpec) -> None:
+    if spec.shape != expected.shape:
+        raise InvalidArgument(f"{name} has shape {spec.shape}: expected {expected.shape}, (batch, num_heads_q, seqlen_q)")
+    if spec.dtype != "float32":
+        raise InvalidArgument(f"{name} has dtype {spec.dtype}: expected float32")
+    if spec.shape[2] > 1 and spec.strides[2] != 1:
+        raise InvalidArgument(f"{name} has strides {spec.strides} (elements): the last dimension must be contiguous (stride 1)")
