@@ -83,7 +83,9 @@ def _kept(spec: ArraySpec | None, fresh: ArraySpec, name: str, recompute: bool) 
     """out or lse of the forward: given, or to be made."""
     if (spec is None) != recompute:
         state = "is None" if spec is None else "is given"
-        raise InvalidArgument(f"{name} {state} and recompute={recompute}: pass what the forward returned, or recompute=True and None for both")
+        raise InvalidArgument(
+            f"{name} {state} and recompute={recompute}: pass what the forward returned, or recompute=True and None for both"
+        )
     return fresh if spec is None else spec
 
 

@@ -259,7 +259,9 @@ class Fa2BwdRequest(AttentionRequest):
 
     def __post_init__(self) -> None:
         if self.dtype in FP8_DTYPES:
-            raise Fp8BackwardUnsupported(f"dtype={self.dtype}: gradients do not fit fp8; convert q, k, v, out and dout to bfloat16 or float16")
+            raise Fp8BackwardUnsupported(
+                f"dtype={self.dtype}: gradients do not fit fp8; convert q, k, v, out and dout to bfloat16 or float16"
+            )
         super().__post_init__()
         for name in ("num_sms", "num_splits", "num_copies"):
             value = getattr(self, name)

@@ -182,7 +182,9 @@ def fa2_bwd_params(key: DispatchKey) -> tuple[ParamField, ...]:
         ParamField("k", "void*", "(batch, seqlen_k, num_heads_kv, head_dim), likewise"),
         ParamField("v", "void*", "like k"),
         ParamField("dout", "void*", "like q"),
-        ParamField("lse_log2", "float*", "(batch, num_heads_q, num_m_blocks * kTileM) log-sum-exp in powers of two, +inf where no key counts"),
+        ParamField(
+            "lse_log2", "float*", "(batch, num_heads_q, num_m_blocks * kTileM) log-sum-exp in powers of two, +inf where no key counts"
+        ),
         ParamField("dpsum", "float*", "like lse_log2: rowsum(dout * out) - dlse"),
         ParamField("dq_acc", "float*", "(copies, batch, num_heads_q, num_m_blocks, kTileM * kHeadDim) in fragment order, added to"),
     )

@@ -27,6 +27,7 @@ from .tensor_map import encode
 # few heads.
 SMALL_DEVICE = DeviceInfo("sm_90a", num_sms=2, l2_bytes=1 << 18, name="CPU executor")
 
+
 @dataclass(frozen=True)
 class Forward:
     """out: (batch, seqlen_q, num_heads_q, head_dim) in q's dtype. lse: float32 (batch, num_heads_q, seqlen_q)."""
