@@ -9,10 +9,12 @@ Importing this package needs neither CuPy nor a GPU.
 from __future__ import annotations
 
 from .api import flash_attn_func
+from .api_backward import flash_attn_backward
 from .dispatch import DISPATCH_TABLE, DispatchKey
 from .errors import FlashAttnError
 from .requests import (
     Causal,
+    Fa2BwdRequest,
     Fa2FwdRequest,
     Fa3FwdRequest,
     Full,
@@ -33,6 +35,7 @@ __all__ = [
     "DISPATCH_TABLE",
     "Causal",
     "DispatchKey",
+    "Fa2BwdRequest",
     "Fa2FwdRequest",
     "Fa3FwdRequest",
     "FlashAttnError",
@@ -45,6 +48,7 @@ __all__ = [
     "SlidingCausal",
     "SlidingFull",
     "Window",
+    "flash_attn_backward",
     "flash_attn_func",
     "no_compile",
 ]

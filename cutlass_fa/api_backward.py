@@ -76,10 +76,10 @@ def flash_attn_backward(
     )
     dq, dk, dv = fresh
     workspace = library.empty((plan.workspace.floats,), "f32", device)
-    dlse_pointers = (0,) if dlse is None else library.pointers((dlse,))
-    pointers = BackwardPointers(*library.pointers((q, k, v, out, dout, lse)), *dlse_pointers, *library.pointers((dq, dk, dv)))
+    address = library.pointers([x for x in (q, k, v, out, dout, lse, dq, dk, dv, workspace, dlse) if x is not None])
+    pointers = BackwardPointers(*address[:9], *(address[10:] or (0,)))
     _check_pointers(pointers)
-    plan.run(pointers, *library.pointers((workspace,)), library.current_stream(device), random_state)
+    plan.run(pointers, address[9], library.current_stream(device), random_state)
     return dq, dk, dv
 
 

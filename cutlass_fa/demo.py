@@ -1,4 +1,4 @@
-"""The demo: on a Hopper GPU, attention on real shapes, checked and timed; elsewhere, what can be shown without one."""
+"""The demo: on a GPU, attention on real shapes, checked and timed; elsewhere, what can be shown without one."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from . import api, device
+from .arch.limits import arch_problem
 from .cell import Cell
 from .dispatch import DispatchKey
 from .errors import CompileDisabled, CompileError
@@ -51,7 +52,7 @@ def forward_flops(batch: int, num_heads_q: int, seqlen_q: int, seqlen_k: int, he
 
 def demo(stream: TextIO) -> bool:
     """Run the demo that this machine can run, reporting on `stream`; the result says whether every check passed."""
-    problem = hopper_problem()
+    problem = launch_problem()
     if problem is None:
         return _gpu_demo(stream)
     print(f"No kernel can be launched here: {problem}.", file=stream)
@@ -60,7 +61,7 @@ def demo(stream: TextIO) -> bool:
     return _show_reference(stream) and compiled_or_skipped
 
 
-def hopper_problem() -> str | None:
+def launch_problem() -> str | None:
     """Why this machine's current GPU runs none of the kernels, or None where it does."""
     problem = device.gpu_problem()
     if problem is not None:
@@ -68,9 +69,8 @@ def hopper_problem() -> str | None:
     import cupy
 
     info = device.device_info(cupy.cuda.runtime.getDevice())
-    if info.arch == SHOWN_KEY.arch:
-        return None
-    return f"the GPU is an {info.name} ({info.arch}), and there are kernels for {SHOWN_KEY.arch} only"
+    reason = arch_problem(info.arch)
+    return None if reason is None else f"the GPU is an {info.name}: {reason}"
 
 
 # ---- without a GPU -------------------------------------------------------------------------------------------------------------------
@@ -127,7 +127,7 @@ def _verdict(passed: bool) -> str:
     return "ok" if passed else "WRONG"
 
 
-# ---- on a Hopper GPU -----------------------------------------------------------------------------------------------------------------
+# ---- on a GPU ------------------------------------------------------------------------------------------------------------------------
 
 
 def _gpu_demo(stream: TextIO) -> bool:

@@ -238,6 +238,10 @@ def _fa2_fwd(arch: str, dtype: str, head_dim: int, **features: Any) -> DispatchK
     return DispatchKey("fa2", "fwd", arch, dtype, head_dim, **features)
 
 
+def _fa2_bwd(arch: str, dtype: str, head_dim: int, **features: Any) -> DispatchKey:
+    return DispatchKey("fa2", "bwd", arch, dtype, head_dim, **features)
+
+
 # The golden cells: one base cell per (family, direction) and architecture and one per flip; never the cross product.
 DISPATCH_TABLE = DispatchTable(
     (
@@ -266,5 +270,20 @@ DISPATCH_TABLE = DispatchTable(
         _fa2_fwd("sm_90a", "bf16", 256),
         _fa2_fwd("sm_100", "bf16", 128, causal=True),
         _fa2_fwd("sm_120", "bf16", 128, causal=True),
+        _fa2_bwd("sm_80", "bf16", 128, causal=True),
+        _fa2_bwd("sm_80", "f16", 64),
+        _fa2_bwd("sm_80", "bf16", 128, dropout=True),
+        _fa2_bwd("sm_86", "bf16", 256),
+        _fa2_bwd("sm_89", "bf16", 64, causal=True),
+        _fa2_bwd("sm_90a", "bf16", 128, causal=True),
+        _fa2_bwd("sm_90a", "bf16", 256, softcap=True),
+        _fa2_bwd("sm_90a", "bf16", 64, causal=True, deterministic=True),
+        _fa2_bwd("sm_90a", "bf16", 128, split=True),
+        _fa2_bwd("sm_100", "bf16", 128),
+        _fa2_bwd("sm_120", "bf16", 128),
+        DispatchKey("fa2", "bwd_preprocess", "sm_80", "bf16", 128),
+        DispatchKey("fa2", "bwd_convert", "sm_80", "bf16", 128),
+        DispatchKey("fa2", "bwd_convert", "sm_90a", "bf16", 128),
+        DispatchKey("fa2", "bwd_convert", "sm_90a", "bf16", 128, split=True),
     )
 )

@@ -36,6 +36,11 @@ def key_of(target: Target) -> DispatchKey:
     raise TypeError(f"{target!r} is a {type(target).__name__}: expected a DispatchKey, a request or a key's name")
 
 
+def keys_of(target: Target) -> tuple[DispatchKey, ...]:
+    """Every key that a call needs: of a request for a backward those of its several kernels, else the one of key_of. Raises as it does."""
+    return target.dispatch_keys() if hasattr(target, "dispatch_keys") else (key_of(target),)
+
+
 @dataclass(frozen=True)
 class Explanation:
     """One compiled kernel.
@@ -110,6 +115,8 @@ def explain(target: Target, notes: Sequence[str] = ()) -> Explanation | Refusal:
     """
     key = key_of(target)
     notes = (*notes, *rounding_notes(getattr(target, "head_dim", key.head_dim), key), *choice_notes(key))
+    if len(keys_of(target)) > 1:
+        notes = (*notes, "the call launches " + ", ".join(map(str, keys_of(target))))
     reasons = DISPATCH_TABLE.why_not(key)
     if reasons:
         return Refusal(str(key), tuple(reasons), notes)

@@ -153,6 +153,15 @@ class SwizzledTile:
         linear = chunk * self.chunk_bytes + row * self.swizzle_bytes + chunk_col * self.element_bytes
         return linear ^ (linear >> 3 & self.swizzle_bytes - _SWIZZLE_UNIT_BYTES)
 
+    def ldmatrix_offset(self, operand: str, lane: int, row: int, col: int) -> int:
+        """Byte offset of the 16 bytes that `lane` names to a four-matrix ldmatrix of the 16 x 16 block at (row, col), multiples of 16.
+
+        operand: as in ldmatrix_coordinates. A kernel computes it as the lane's offset in the block at (0, 0), with the block's place
+        among the chunk's columns XORed in and its row and chunk added. Raises ValueError outside the tile.
+        """
+        block_row, block_col = ldmatrix_coordinates(operand, lane)
+        return self.byte_offset(row + block_row, col + block_col)
+
     @property
     def num_k_major_steps(self) -> int:
         """wgmma instructions that cover cols as K. Raises ValueError if a row is no multiple of 32 bytes."""

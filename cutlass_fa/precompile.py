@@ -25,7 +25,7 @@ from typing import Literal, TypeAlias
 from . import kernels
 from .dispatch import DISPATCH_TABLE, DispatchKey
 from .errors import FlashAttnError, InvalidArgument
-from .explain import Target, key_of
+from .explain import Target, keys_of
 from .settings import NO_COMPILE, compile_allowed
 
 State: TypeAlias = Literal["compiled", "disk", "pack", "unsupported", "failed"]
@@ -58,7 +58,7 @@ def precompile(targets: Iterable[Target], jobs: int | None = None) -> Iterator[P
     asked for; closing the iterator early stops it. A cell that cannot be had is a result like any other, not an exception.
     Raises UnknownKey, at once, for a name that is no key's, InvalidArgument for jobs < 1.
     """
-    keys = list(dict.fromkeys(key_of(target) for target in targets))
+    keys = list(dict.fromkeys(key for target in targets for key in keys_of(target)))
     if jobs is not None and jobs < 1:
         raise InvalidArgument(f"jobs={jobs}: at least one process is needed")
     return _results(keys, jobs or usable_processors())

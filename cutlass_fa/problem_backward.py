@@ -55,8 +55,17 @@ class BackwardProblem:
         check_same_dtype(q, k, v)
         check_shapes(q, k, v)
         batch, seqlen_q, num_heads_q, head_dim = q.shape
-        sizes = {"batch": batch, "seqlen_q": seqlen_q, "num_heads_q": num_heads_q, "head_dim": head_dim, "dtype": q.dtype}
-        request = Fa2BwdRequest(seqlen_k=k.shape[1], num_heads_kv=k.shape[2], recompute=recompute, **sizes, **options)
+        request = Fa2BwdRequest(
+            batch=batch,
+            seqlen_q=seqlen_q,
+            seqlen_k=k.shape[1],
+            num_heads_q=num_heads_q,
+            num_heads_kv=k.shape[2],
+            head_dim=head_dim,
+            dtype=q.dtype,
+            recompute=recompute,
+            **options,
+        )
         lse_like = ArraySpec((batch, num_heads_q, seqlen_q), contiguous_strides((batch, num_heads_q, seqlen_q)), "float32", q.device)
         out, lse = _kept(out, _fresh(q), "out", recompute), _kept(lse, lse_like, "lse", recompute)
         check_out(dout, q, "dout", allow_broadcast=True)

@@ -305,7 +305,7 @@ class Fa2BwdRequest(AttentionRequest):
 
     @property
     def copies(self) -> int:
-        """Accumulators of dq: one, or, where their order is fixed, as many as keep the multiprocessors busy with a CTA for each query head."""
+        """Accumulators of dq: one, or, where their order is fixed, as many as keep the multiprocessors busy with a CTA a query head."""
         if not self.deterministic:
             return 1
         return min(self.blocks[1], self.num_copies or -(-self._sms // (self.num_heads_q * self.batch)))

@@ -332,11 +332,9 @@ CUTLASS_FA_DEVICE void attend(SharedStorage& shared, Params const& params, Tile 
   int stage = 0;  // the one to read
   load_q(shared, params, tile, copier);
   cp_async_commit();
-  load_kv<false>(source, shared, params, copier, last_block);
-  cp_async_commit();
 #pragma unroll
-  for (int ahead = 1; ahead < kStages - 1; ++ahead) {
-    if (last_block - ahead >= 0) { load_kv<true>(source, shared, params, copier, last_block - ahead); }
+  for (int ahead = 0; ahead < kStages - 1; ++ahead) {
+    if (ahead <= last_block) { load_kv<false>(source, shared, params, copier, last_block - ahead); }
     cp_async_commit();
   }
   cp_async_wait<kStages - 1>();

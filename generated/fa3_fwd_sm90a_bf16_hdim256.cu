@@ -23,6 +23,7 @@ constexpr int kHeadDim = 256;
 constexpr int kStages = 2;   // key blocks in flight, K and V each
 constexpr int kQStages = 1;  // tiles of Q: with 2, the next tile's is there before this tile's last product is done
 constexpr int kConsumers = kTileM / 64;
+constexpr int kConsumerWarps = kConsumers * kWarpgroupSize / kWarpSize;
 constexpr int kThreads = kWarpgroupSize * (1 + kConsumers);
 
 // Shared memory as TMA writes it and WGMMA reads it (layouts.py): chunks of kChunkColumns columns, rows at a pitch of
@@ -224,6 +225,13 @@ CUTLASS_FA_DEVICE Consumer make_consumer(int warpgroup) {
 CUTLASS_FA_DEVICE void wait_turn(int warpgroup) { named_barrier_sync(warpgroup, 2 * kWarpgroupSize); }
 CUTLASS_FA_DEVICE void pass_turn(int warpgroup) { named_barrier_arrive(warpgroup + 1 == kConsumers ? 0 : warpgroup + 1, 2 * kWarpgroupSize); }
 
+// This warp has read the stage that `pipe` stands at.
+template <int kRing>
+CUTLASS_FA_DEVICE void release(Consumer const& self, Mbarrier (&empty)[kRing], PipelineState<kRing>& pipe) {
+  if (self.is_signaller) { empty[pipe.stage()].arrive(); }
+  pipe.advance();
+}
+
 // S = Q K^T of one key block. acc_s: 2 rows x kTileN / 4 columns of this thread.
 CUTLASS_FA_DEVICE void issue_qk(Consumer const& self, SharedStorage& shared, float (&acc_s)[kTileN / 2]) {
   uint64_t const q = matrix_descriptor(kQLayout, shared.q[self.q_pipe.stage()] + self.warpgroup * kWarpgroupQBytes);
@@ -249,13 +257,6 @@ CUTLASS_FA_DEVICE void issue_pv(Consumer const& self, SharedStorage& shared, uin
     wgmma_rs<Element, Major::kMn>(acc_o, p + 4 * step, advance_descriptor(v, kVStepBytes * step), true);
   }
   wgmma_commit();
-}
-
-// This warp has read the stage that `pipe` stands at.
-template <int kRing>
-CUTLASS_FA_DEVICE void release(Consumer const& self, Mbarrier (&empty)[kRing], PipelineState<kRing>& pipe) {
-  if (self.is_signaller) { empty[pipe.stage()].arrive(); }
-  pipe.advance();
 }
 
 // A key block that the tile needs and this warpgroup's rows do not: its buffers pass by, and so does the turn. No product brings the
@@ -294,33 +295,33 @@ CUTLASS_FA_DEVICE void attend(Consumer& self, SharedStorage& shared, Params cons
     pin_registers(acc_s);
     release(self, shared.k_empty, self.k_pipe);
     mask_block(acc_s, n_block);
-    softmax_from_maximum<Element>(acc_s, rows, p, rescale, params.softmax_scale_log2);
+    online_softmax<Element>(acc_s, rows, p, rescale, params.softmax_scale_log2, true);
   }
 
-  // S of the next block, and P V of the block before: S is there at the end, P V still reads p and writes acc_o.
-  auto start_products = [&](float(&acc_s)[kTileN / 2]) {
+  // S of the next block, and P V of the block before: S is there at the end, P V still reads old_p and writes acc_o.
+  auto start_products = [&](float(&acc_s)[kTileN / 2], uint32_t(&old_p)[kTileN / 4]) {
     shared.k_full[self.k_pipe.stage()].wait(self.k_pipe.parity());
     wait_turn(self.warpgroup);
     issue_qk(self, shared, acc_s);
     shared.v_full[self.v_pipe.stage()].wait(self.v_pipe.parity());
-    issue_pv(self, shared, p, acc_o);
+    issue_pv(self, shared, old_p, acc_o);
     pass_turn(self.warpgroup);
     wgmma_wait<1>();
     pin_registers(acc_s);
     release(self, shared.k_empty, self.k_pipe);
   };
-  auto finish_pv = [&] {
+  auto finish_pv = [&](uint32_t(&old_p)[kTileN / 4]) {
     wgmma_wait<0>();
     pin_registers(acc_o);
-    pin_registers(p);  // until here nobody may have overwritten it
+    pin_registers(old_p);  // until here nobody may have overwritten it
     release(self, shared.v_empty, self.v_pipe);
   };
   --n_block;
   // The new probabilities take the registers of the old ones: P V comes first, and other warpgroups' products run during the softmax.
   auto step = [&](int block) {
     float acc_s[kTileN / 2];
-    start_products(acc_s);
-    finish_pv();
+    start_products(acc_s, p);
+    finish_pv(p);
     if (online_softmax<Element>(acc_s, rows, p, rescale, params.softmax_scale_log2)) { rescale_rows(acc_o, rescale); }
   };
 #pragma unroll 1
@@ -358,20 +359,19 @@ CUTLASS_FA_DEVICE void consume(SharedStorage& shared, Params const& params, int 
 
 // ---- kernel ---------------------------------------------------------------------------------------------------------------------------
 
+template <int kRing>
+CUTLASS_FA_DEVICE void init_ring(Mbarrier (&full)[kRing], Mbarrier (&empty)[kRing]) {
+#pragma unroll
+  for (int stage = 0; stage < kRing; ++stage) {
+    full[stage].init(1);  // the producer's arrive_and_expect
+    empty[stage].init(kConsumerWarps);
+  }
+}
+
 CUTLASS_FA_DEVICE void init_barriers(SharedStorage& shared) {
-  constexpr int kConsumerWarps = kConsumers * kWarpgroupSize / kWarpSize;
-#pragma unroll
-  for (int stage = 0; stage < kQStages; ++stage) {
-    shared.q_full[stage].init(1);  // 1: the producer's arrive_and_expect
-    shared.q_empty[stage].init(kConsumerWarps);
-  }
-#pragma unroll
-  for (int stage = 0; stage < kStages; ++stage) {
-    shared.k_full[stage].init(1);
-    shared.v_full[stage].init(1);
-    shared.k_empty[stage].init(kConsumerWarps);
-    shared.v_empty[stage].init(kConsumerWarps);
-  }
+  init_ring(shared.q_full, shared.q_empty);
+  init_ring(shared.k_full, shared.k_empty);
+  init_ring(shared.v_full, shared.v_empty);
   fence_mbarrier_init();
 }
 

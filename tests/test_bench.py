@@ -247,15 +247,30 @@ class FakeDevice(ArrayDevice):
         return [("cutlass_fa", "fake out=", lambda: None)]
 
 
-@pytest.mark.parametrize(("difference", "status", "extra"), [(0.01, 0, ""), (0.5, 1, "disagrees"), (math.nan, 1, "disagrees")])
+@pytest.mark.parametrize(
+    ("family", "difference", "status", "extra"),
+    [
+        ([], 0.01, 0, ""),
+        ([], 0.5, 1, "disagrees"),
+        ([], math.nan, 1, "disagrees"),
+        (["--family", "fa2"], 0.01, 0, "family=fa2"),
+        (["--family", "fa2"], 0.5, 1, "family=fa2 disagrees"),
+    ],
+)
 def test_a_run_from_end_to_end(
-    difference: float, status: int, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    family: list[str],
+    difference: float,
+    status: int,
+    extra: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(bench, "current_devices", lambda: [FakeDevice(difference)])
     monkeypatch.setattr(bench, "WARM_UP_S", 0.0)
     output = tmp_path / "h200.json"
     options = shlex.split("--head-dims 128 --seqlens 1024 4096 --causal full --host --ceilings --commit abc --output")
-    assert bench.main([*options, str(output)]) == status
+    assert bench.main([*family, *options, str(output)]) == status
     (run,) = load_runs(output)
     assert (run.commit, run.device) == ("abc", "NVIDIA H200") and "--head-dims 128" in run.command
     assert [row.peer for row in run.rows] == ["cutlass_fa", "ceiling", *["cutlass_fa", "fa2"] * 2]
@@ -265,8 +280,14 @@ def test_a_run_from_end_to_end(
     assert "fa2" in told.out and "ceiling copy 2GiB d2d" in told.out and "appended to" in told.out
 
 
+def test_a_row_of_a_family_stands_beside_its_peers() -> None:
+    point = Point("bf16", 128, 4096, True)
+    header, line = bench_report.table([point.row("cutlass_fa", 1.0, "family=fa2"), point.row("fa2", 1.5)])
+    assert dict(zip(header, line, strict=True))["of best peer"] == "1.50"
+
+
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    monkeypatch.setattr("tools.bench_device.hopper_problem", lambda: "there is no GPU")
+    monkeypatch.setattr("tools.bench_device.launch_problem", lambda: "there is no GPU")
     assert bench.main(["--output", str(tmp_path / "x.json")]) == 1
     assert "nothing to measure: there is no GPU" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
 

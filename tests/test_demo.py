@@ -62,10 +62,12 @@ def test_demo_names_a_gpu_that_has_no_kernels(monkeypatch: pytest.MonkeyPatch) -
     pytest.importorskip("cupy")
     monkeypatch.setattr(device, "gpu_problem", lambda: None)
     monkeypatch.setattr("cupy.cuda.runtime.getDevice", lambda: 0)
-    monkeypatch.setattr(device, "device_info", lambda index: device.DeviceInfo("sm_80", 108, 40 << 20, "NVIDIA A100"))
-    assert demo.hopper_problem() == "the GPU is an NVIDIA A100 (sm_80), and there are kernels for sm_90a only"
-    monkeypatch.setattr(device, "device_info", lambda index: device.DeviceInfo("sm_90a", 132, 50 << 20, "NVIDIA H100"))
-    assert demo.hopper_problem() is None
+    monkeypatch.setattr(device, "device_info", lambda index: device.DeviceInfo("sm_75", 40, 4 << 20, "NVIDIA T4"))
+    problem = demo.launch_problem()
+    assert problem is not None and "NVIDIA T4" in problem and "older than sm_80" in problem
+    for arch, name in (("sm_80", "NVIDIA A100"), ("sm_90a", "NVIDIA H100"), ("sm_121", "NVIDIA GB10")):
+        monkeypatch.setattr(device, "device_info", lambda index, arch=arch, name=name: device.DeviceInfo(arch, 108, 40 << 20, name))
+        assert demo.launch_problem() is None
 
 
 @pytest.mark.parametrize("causal", [False, True])

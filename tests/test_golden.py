@@ -15,11 +15,12 @@ from cutlass_fa import kernels
 from cutlass_fa.arch.limits import REGISTERS_PER_SM
 from cutlass_fa.cache import IMAGE_FILE
 from cutlass_fa.cell import Cell
+from cutlass_fa.cells.fa2_bwd import Fa2BwdCell
 from cutlass_fa.cells.fa2_fwd import Fa2FwdCell
 from cutlass_fa.cells.fa3_fwd import Fa3FwdCell
 from cutlass_fa.compile import Cubin, compile_source
 from cutlass_fa.disassembly import instruction_counts, local_memory_instructions, tensor_core_instructions
-from cutlass_fa.dispatch import DISPATCH_TABLE, DispatchKey
+from cutlass_fa.dispatch import BUILT_FLAGS, DISPATCH_TABLE, DispatchKey
 from cutlass_fa.render import include_dir, render
 from tests.needs import needs_nvdisasm, needs_nvrtc
 from tools import flatten, regenerate_kernels
@@ -27,7 +28,10 @@ from tools import flatten, regenerate_kernels
 GOLDEN = list(DISPATCH_TABLE)
 MAX_COMPILE_SECONDS = 3.0
 MAX_STORED_BYTES = 64 * 1024
-MAX_LINES = 460
+MAX_LINES = 465
+
+# Spills that the tables accept: bytes a thread, stores plus loads, and why.
+ACCEPTED_SPILLS: dict[str, tuple[int, str]] = {}
 
 
 # ---- generated/ ----------------------------------------------------------------------------------------------------------------------
@@ -52,7 +56,8 @@ def test_no_stale_generated_files() -> None:
 def test_full_mask_leaves_no_causal_word(key: DispatchKey) -> None:
     """As test_render.py holds every other feature: off, its word does not stand in the unit."""
     assert "causal" not in render(Cell.of(key)).text.lower()
-    assert "is_causal" not in render(Cell.of(replace(key, causal=True))).text
+    if "causal" in BUILT_FLAGS[key.family, key.direction]:
+        assert "is_causal" not in render(Cell.of(replace(key, causal=True))).text
 
 
 @pytest.fixture
@@ -117,10 +122,10 @@ def cubin(compiled: None, key: DispatchKey) -> Cubin:
 @pytest.mark.parametrize("key", GOLDEN, ids=str)
 def test_resources_are_as_computed(key: DispatchKey, cubin: Cubin) -> None:
     cell = Cell.of(key)
-    assert cubin.spill_bytes == 0
+    assert cubin.spill_bytes <= ACCEPTED_SPILLS.get(str(key), (0, ""))[0]
     assert cubin.static_smem_bytes == 0, "all shared memory is dynamic"
     # The unit's own static_assert holds sizeof(SharedStorage) to this number, so that compiling it proved it.
-    assert f"static_assert(sizeof(SharedStorage) == {cell.smem_bytes}" in render(cell).text
+    assert f"static_assert(sizeof(SharedStorage) == {cell.smem_bytes}" in render(cell).text or cell.smem_bytes == 0
     assert kernels.get(key).source.smem_bytes == cell.smem_bytes
     if isinstance(cell, Fa3FwdCell):
         # Every thread starts with an equal share of the register file, and setmaxnreg moves registers from there.
@@ -138,7 +143,7 @@ def test_machine_code_has_the_matrix_instructions_and_no_spills(key: DispatchKey
     expected, others = EXPECTED_INSTRUCTIONS[key.family, key.direction](Cell.of(key))
     found = Counter(tensor_core_instructions(cubin.image))
     assert set(found) == set(expected) and not expected - found, f"{found}, expected at least {expected}"
-    assert local_memory_instructions(cubin.image) == 0
+    assert str(key) in ACCEPTED_SPILLS or local_memory_instructions(cubin.image) == 0
     counts = instruction_counts(cubin.image)
     assert not others - Counter(counts), f"{counts}, expected at least {others}"
 
@@ -164,7 +169,28 @@ def fa2_fwd_instructions(cell: Cell) -> tuple[Counter[str], Counter[str]]:
     return Counter({kind: 2 * 2 * row_blocks * products}), Counter({"LDSM": 2 * loads, "LDGSTS": 2 * copies})
 
 
-EXPECTED_INSTRUCTIONS = {("fa2", "fwd"): fa2_fwd_instructions, ("fa3", "fwd"): fa3_fwd_instructions}
+def fa2_bwd_instructions(cell: Cell) -> tuple[Counter[str], Counter[str]]:
+    """Each group's two products with its gradient's, and dQ, which stands in both and once more where it comes a block late."""
+    assert isinstance(cell, Fa2BwdCell)
+    kind = "HMMA.16816.F32.BF16" if cell.key.dtype == "bf16" else "HMMA.16816.F32"
+    block = cell.tile_m * cell.tile_n * cell.head_dim // (16 * 8 * 16)  # of each of the five products, in mma
+    of_warp = 4 * block // 4 + (2 + cell.has_late_dq) * block // 8
+    atomics = cell.tile_m * cell.head_dim // 256 // (4 if cell.vector_atomics == "true" else 1)
+    return Counter({kind: of_warp}), Counter({"LDSM": of_warp // 8, "MUFU": cell.tile_m * cell.tile_n // 128, "RED": 2 * atomics})
+
+
+def fa2_bwd_pass_instructions(cell: Cell) -> tuple[Counter[str], Counter[str]]:
+    """No products."""
+    return Counter(), Counter({"LDG": 1, "STG": 1})
+
+
+EXPECTED_INSTRUCTIONS = {
+    ("fa2", "fwd"): fa2_fwd_instructions,
+    ("fa3", "fwd"): fa3_fwd_instructions,
+    ("fa2", "bwd"): fa2_bwd_instructions,
+    ("fa2", "bwd_preprocess"): fa2_bwd_pass_instructions,
+    ("fa2", "bwd_convert"): fa2_bwd_pass_instructions,
+}
 
 
 @needs_nvrtc
@@ -181,6 +207,17 @@ def test_compile_time_and_size(key: DispatchKey, cubin: Cubin) -> None:
             break
         seconds = min(seconds, compile_source(kernels.get(key).source, "again.cu").compile_seconds)
     assert seconds <= MAX_COMPILE_SECONDS
+
+
+@needs_nvdisasm
+@needs_nvrtc
+@pytest.mark.compile
+@pytest.mark.parametrize("arch", ["sm_87", "sm_103", "sm_110", "sm_121"])
+def test_an_arch_without_a_table_gets_a_kernel_of_its_own(compiled: None, arch: str) -> None:
+    key = DispatchKey("fa2", "fwd", arch, "bf16", 64, causal=True)
+    assert f"-arch={arch}" in kernels.get(key).cubin.options
+    expected, _ = fa2_fwd_instructions(Cell.of(key))
+    assert not expected - Counter(tensor_core_instructions(kernels.get(key).cubin.image))
 
 
 # ---- one file ------------------------------------------------------------------------------------------------------------------------

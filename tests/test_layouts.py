@@ -268,6 +268,64 @@ def test_mn_major_operand_reads_the_elements_that_tma_wrote(tile: SwizzledTile) 
                 assert operand.address(k, 2 * chunk_col, chunk) == expected
 
 
+MMA_TILES = [SwizzledTile(rows, cols, 128 if cols % 64 == 0 else 64) for rows in (32, 48, 128) for cols in (64, 80, 96, 128, 192, 256)]
+BLOCKS_OF_16 = [(row, col) for row in (0, 16) for col in range(0, 256, 16)]
+
+
+@pytest.mark.parametrize("tile", MMA_TILES, ids=str)
+@pytest.mark.parametrize("operand", ["a", "b", "b_mn_major"])
+def test_ldmatrix_meets_no_bank_twice(tile: SwizzledTile, operand: str) -> None:
+    """Each of the four matrices takes its eight rows from eight different sets of four banks."""
+    for row, col in BLOCKS_OF_16:
+        if col < tile.cols:
+            units = [tile.ldmatrix_offset(operand, lane, row, col) // 16 % 8 for lane in range(32)]
+            assert all(len(set(units[first : first + 8])) == 8 for first in range(0, 32, 8))
+
+
+@pytest.mark.parametrize("tile", MMA_TILES, ids=str)
+@pytest.mark.parametrize("operand", ["a", "b", "b_mn_major"])
+def test_ldmatrix_offset_is_what_the_sm80_template_computes(tile: SwizzledTile, operand: str) -> None:
+    """Beside the template's words: swizzled(), make_lane(), operand_of() and block_at()."""
+    pitch = tile.swizzle_bytes
+
+    def swizzled(offset: int) -> int:
+        return offset ^ (offset >> 3 & (pitch - 16))
+
+    for lane in range(32):
+        if operand == "b":
+            lane_offset = swizzled((lane % 8 + lane // 16 * 8) * pitch + lane // 8 % 2 * 16)
+        else:
+            lane_offset = swizzled(lane % 16 * pitch + lane // 16 * 16)
+        for row, col in BLOCKS_OF_16:
+            if col < tile.cols:
+                pointer = lane_offset ^ 32 * (col % tile.chunk_cols // 16)
+                expected = pointer + (col // tile.chunk_cols * tile.rows + row) * pitch
+                assert tile.ldmatrix_offset(operand, lane, row, col) == expected
+
+
+@pytest.mark.parametrize(
+    ("threads", "tile"), [(n, tile) for n in (128, 256) for tile in MMA_TILES if tile.rows % (n * 16 // tile.swizzle_bytes) == 0], ids=str
+)
+def test_copier_fills_the_tile_without_bank_conflicts(threads: int, tile: SwizzledTile) -> None:
+    """Beside pieces/tile_copier.j2: every 16 bytes of a tile are written by one thread, eight neighbouring threads write to all banks."""
+    units = tile.swizzle_bytes // 16
+    rows_per_pass = threads // units
+    written = []
+    for first in range(0, tile.rows, rows_per_pass):
+        for chunk in range(tile.num_chunks):
+            places = []
+            for thread in range(threads):
+                row, unit = divmod(thread, units)
+                offset = row * tile.swizzle_bytes + unit * 16
+                offset ^= offset >> 3 & (tile.swizzle_bytes - 16)
+                place = chunk * tile.rows * tile.swizzle_bytes + first * tile.swizzle_bytes + offset
+                assert place == tile.byte_offset(first + row, chunk * tile.chunk_cols + unit * 8)
+                places.append(place)
+            assert all(len({place // 16 % 8 for place in places[i : i + 8]}) == 8 for i in range(0, threads, 8))
+            written += places
+    assert sorted(written) == list(range(0, tile.size_bytes, 16))
+
+
 def test_k_step_count_stops_at_the_columns_in_use() -> None:
     tile = SwizzledTile(64, 80, 64)
     assert tile.num_k_major_steps == 5 and tile.num_mn_major_steps == 4

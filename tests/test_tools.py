@@ -13,6 +13,7 @@ import pytest
 
 import cutlass_fa
 from cutlass_fa.arch.sm90 import FA3_FWD_TILES
+from cutlass_fa.cell import Cell
 from cutlass_fa.dispatch import DispatchKey
 from tests.needs import needs_nvrtc
 from tools import floors, profile_kernel, startup, sweep_tiles
@@ -109,7 +110,7 @@ def test_cells_are_compiled_and_not_found_in_a_cache() -> None:
 
 
 def test_results_are_appended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(startup, "hopper_problem", lambda: "there is none")
+    monkeypatch.setattr(startup, "launch_problem", lambda: "there is none")
     path = tmp_path / "new" / "startup.json"
     for commit in ("a", "b"):
         assert startup.main(["--import-runs", "0", "--cells", "--output", str(path), "--commit", commit]) == 0
@@ -246,7 +247,7 @@ def fake_ncu(directory: Path) -> Path:
 
 
 def test_a_refused_metric_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(profile_kernel, "hopper_problem", lambda: None)
+    monkeypatch.setattr(profile_kernel, "launch_problem", lambda: None)
     kept = tmp_path / "kept.csv"
     command = ["fa3_fwd_sm90a_bf16_hdim128_causal", "--ncu", str(fake_ncu(tmp_path)), "--csv", str(kept)]
     assert profile_kernel.main(command) == 0
@@ -263,10 +264,10 @@ def test_without_ncu_or_gpu_the_status_is_1(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(profile_kernel, "NCU_PLACES", (str(tmp_path / "ncu"), str(tmp_path)))
     assert profile_kernel.main([]) == 1
     assert "ncu (Nsight Compute) is not installed" in capsys.readouterr().err
-    monkeypatch.setattr(profile_kernel, "hopper_problem", lambda: "there is none")
+    monkeypatch.setattr(profile_kernel, "launch_problem", lambda: "there is none")
     assert profile_kernel.main(["--ncu", "ncu"]) == 1
     assert "nothing to profile: there is none" in capsys.readouterr().err
-    monkeypatch.setattr(profile_kernel, "hopper_problem", lambda: None)
+    monkeypatch.setattr(profile_kernel, "launch_problem", lambda: None)
     assert profile_kernel.main(["--ncu", str(tmp_path / "absent")]) == 1
     assert "cannot be run" in capsys.readouterr().err
 
@@ -367,6 +368,17 @@ def test_the_sweep_tries_the_tables_own_tiles(head_dim: int, causal: bool) -> No
     tried = sweep_tiles.candidates(head_dim, causal, None, ["static", "dynamic"])
     assert FA3_FWD_TILES[head_dim, causal] in [cell.tile for cell in tried]
     assert len({sweep_tiles.label(cell) for cell in tried}) == len(tried)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90a"])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+def test_sweep_of_fa2_tries_the_tables_tile(head_dim: int, arch: str, causal: bool) -> None:
+    tried = sweep_tiles.fa2_candidates(arch, head_dim, causal, None)
+    labels = [sweep_tiles.label(cell) for cell in tried]
+    key = DispatchKey("fa2", "fwd", arch, "bf16", head_dim, causal=causal)
+    assert len(set(labels)) == len(labels) and sweep_tiles.label(Cell.of(key)) in labels
+    assert all(needed < available for needed, available in map(sweep_tiles.registers, tried))
 
 
 def test_useful_share() -> None:

@@ -28,6 +28,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout's package, whatever is installed
 
 from cutlass_fa.demo import forward_flops
+from cutlass_fa.dispatch import FAMILIES
 from cutlass_fa.errors import MockMode
 from tools.bench_device import ArrayDevice, Call, Prepare, current_devices
 from tools.bench_report import OWN_PEER, Row, Run, aligned, append_run, load_runs, markdown, other_rows, plot, results_name, table
@@ -125,7 +126,8 @@ def interleaved_medians(
 
 
 def measure_point(device: ArrayDevice, peers: dict[str, Prepare], point: Point, rounds: int, count: int) -> list[Row]:
-    """Every peer that can do this point; one that cannot says so on stderr and is left out. This library must."""
+    """Every peer that can do this point; one that cannot says so on stderr and is left out. This library must; its rows name the family
+    that was asked for."""
     q, k, v = [device.normal(shape, point.dtype) for shape in (point.q_shape, point.kv_shape, point.kv_shape)]
     calls: dict[str, Call] = {}
     results: dict[str, Any] = {}
@@ -139,11 +141,11 @@ def measure_point(device: ArrayDevice, peers: dict[str, Prepare], point: Point, 
             if name == OWN_PEER:
                 raise
             print(f"{name} cannot do {point}: {error}", file=sys.stderr)
-    remark = ""
+    remark = f"family={device.family}" if device.family else ""
     for name, result in results.items():
         difference = device.max_difference(results[OWN_PEER], result)
         if not difference <= DISAGREEMENT:  # nor is NaN
-            remark = DISAGREES
+            remark = f"{remark} {DISAGREES}".strip() if DISAGREES not in remark else remark
             print(f"{point}: {OWN_PEER} and {name} differ by {difference:.3g}", file=sys.stderr)
     medians = interleaved_medians(calls, device.timings, rounds, count)
     return [point.row(name, milliseconds, remark if name == OWN_PEER else "") for name, milliseconds in medians.items()]
@@ -235,6 +237,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MockMode as error:
         print(error, file=sys.stderr)
         return 1
+    for each in devices:
+        each.family = arguments.family
     device = devices[0]
     rows: list[Row] = []
     warm_up(device)
@@ -275,6 +279,7 @@ def run_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtypes", nargs="+", default=["bf16"], choices=["bf16", "f16"])
     parser.add_argument("--causal", default="both", choices=["full", "causal", "both"], help="masks (default: both)")
     parser.add_argument("--gqa", type=int, nargs="+", default=[1], metavar="N", help="query heads to a key head (default: 1)")
+    parser.add_argument("--family", choices=FAMILIES, help="this library's kernels (default: the family that serves the call)")
     parser.add_argument("--peers", nargs="*", choices=["fa2", "cudnn", "fa3"], help="only these (default: all there are; none: --peers)")
     parser.add_argument("--fa3-library", type=Path, metavar="PATH", help="shared library that registers torch.ops.flash_attn_3")
     parser.add_argument("--fa3-version", metavar="TEXT", help="what to call it in the results (default: the file's name)")

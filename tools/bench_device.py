@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 import cutlass_fa
-from cutlass_fa.demo import hopper_problem
+from cutlass_fa.demo import launch_problem
 from cutlass_fa.device import device_info
 from cutlass_fa.errors import MockMode
 from cutlass_fa.toolchain import find_toolchain
@@ -27,7 +27,7 @@ Prepare: TypeAlias = Callable[[Any, Any, Any, bool], Call]  # (q, k, v, causal) 
 
 def current_devices() -> list[ArrayDevice]:
     """The current GPU, through PyTorch where it is installed and through CuPy. Raises MockMode where no kernel runs."""
-    problem = hopper_problem()
+    problem = launch_problem()
     if problem is not None:
         raise MockMode(f"nothing to measure: {problem}")
     try:
@@ -41,6 +41,7 @@ class ArrayDevice(ABC):
     """The current CUDA device and an array library on it. Arrays are (batch, seqlen, heads, head_dim)."""
 
     library: str
+    family: str | None = None  # of this library's kernels; None: the one that serves the call
 
     @property
     def gpu_name(self) -> str:
@@ -62,7 +63,7 @@ class ArrayDevice(ABC):
     def own_call(self, q: Any, k: Any, v: Any, causal: bool) -> Call:
         """This library, writing into an array made beforehand."""
         out = self.empty_like(q)
-        return lambda: cutlass_fa.flash_attn_func(q, k, v, causal=causal, out=out)
+        return lambda: cutlass_fa.flash_attn_func(q, k, v, causal=causal, out=out, family=self.family)
 
     def peers(self, fa3_library: Path | None) -> dict[str, Prepare]:
         """Who can be timed, by name."""
@@ -72,7 +73,7 @@ class ArrayDevice(ABC):
         """Calls whose host time is of interest: (peer, remark, call)."""
         return [
             (OWN_PEER, f"{self.library} out=", self.own_call(q, k, v, False)),
-            (OWN_PEER, self.library, lambda: cutlass_fa.flash_attn_func(q, k, v)),
+            (OWN_PEER, self.library, lambda: cutlass_fa.flash_attn_func(q, k, v, family=self.family)),
         ]
 
     @abstractmethod

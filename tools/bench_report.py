@@ -45,8 +45,9 @@ class Row:
 
     @property
     def case(self) -> tuple[Any, ...]:
-        """What was measured, whoever did it; sorts in reading order."""
-        return (self.direction, self.dtype, self.h != self.hk, self.d, self.causal, self.s, self.h, self.hk, self.extra)
+        """What was measured, whoever did it and with whichever family of kernels; sorts in reading order."""
+        extra = " ".join(word for word in self.extra.split() if not word.startswith("family="))
+        return (self.direction, self.dtype, self.h != self.hk, self.d, self.causal, self.s, self.h, self.hk, extra)
 
     def as_dict(self) -> dict[str, Any]:
         """The row under the names of COLUMNS, in their order."""

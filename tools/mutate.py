@@ -53,6 +53,7 @@ OPERATORS = (
     Operator("drop a call", rf"(?<![\w.=(] )(?<![\w.]){_NAME}(?:<[\w, :()]*>)?\((?:[^;{{}}]|\{{\}})*\);", ";"),
     Operator("wait<0> to wait<1>", r"wgmma_wait<0>", "wgmma_wait<1>"),
     Operator("wait<1> to wait<0>", r"wgmma_wait<1>", "wgmma_wait<0>"),
+    Operator("wait for one copy less", r"(cp_async_wait<kStages - [12])>", r"\1 + 1>"),
     Operator("arrive without expecting bytes", r"arrive_and_expect\([^;]*\)", "arrive()"),
     Operator("expect too few bytes", r"(arrive_and_expect\([^;]*)\);", r"\1 - 128);"),
     Operator("expect too many bytes", r"(arrive_and_expect\([^;]*)\);", r"\1 + 128);"),
@@ -93,10 +94,12 @@ OPERATORS = (
     Operator("another descriptor: stride offset", r"(kQLayout|kKLayout|kVLayout) = 0x(\w)", r"\1 = 0x0000002000000000ull ^ 0x\2"),
     Operator("another descriptor: leading offset", r"(kQLayout|kKLayout|kVLayout) = 0x(\w)", r"\1 = 0x0000000000200000ull ^ 0x\2"),
     Operator("another distance", r"(constexpr int k\w+Bytes = \d+);", r"\1 / 2;"),
-    Operator("mask from the wrong block", r"\bblock >= unmasked_end", "block < unmasked_end"),
+    Operator("mask no block but the first", r"\bblock >= unmasked_end", "false"),
+    Operator("mask no block but the first", r"true_type\{\}", "false_type{}"),
     Operator("mask every block", r"\bblock >= unmasked_end", "true"),
-    Operator("first softmax as a later one", r"softmax_from_maximum<", "online_softmax<"),
-    Operator("probabilities in the wrong place", r"\bnext_p, rescale", "p, rescale"),
+    Operator("mask every block", r"false_type\{\}", "true_type{}"),
+    Operator("first softmax as a later one", r"softmax_scale_log2, true\)", "softmax_scale_log2)"),
+    Operator("probabilities in the wrong place", r"\bnew_p, rescale", "old_p, rescale"),
     Operator("min to max", r"\bmin\(", "max("),
     Operator("max to min", r"\bmax\(", "min("),
     Operator("fewer registers", r"(shrink|grow)_registers_to<(\d+)>", r"\1_registers_to<\2 - 8>"),
@@ -127,8 +130,8 @@ EQUIVALENT = (
     Equivalent("drop - 1", r"kTileN - 1|query_end", "at most one key block more, every score of it masked"),
     Equivalent("min to max", r"min\(query_end", "more key blocks, every score of them masked or of rows that do not exist"),
     Equivalent("max to min", r".", "more blocks are masked score by score, which changes nothing in them", function="n_block_unmasked_end"),
-    Equivalent("mask every block", r"unmasked_end", "limits beyond the block's end mask nothing"),
-    Equivalent("first softmax as a later one", r"softmax_from_maximum", "an origin of -inf makes no finite sum: the maximum is looked for"),
+    Equivalent("mask every block", r"block >= unmasked_end|step\(n_block, false_type", "limits beyond the block's end mask nothing"),
+    Equivalent("first softmax as a later one", r"softmax_scale_log2, true", "an origin of -inf makes no finite sum: the maximum is looked for"),
     Equivalent("< to <=", r"group < kHeadDim", "one group more, of columns that the test of `column` keeps from being stored"),
     Equivalent("< to <=", r"8 \* block < kHeadDim", "differs only for columns that are not stored"),
     Equivalent("< to <=", r"first < kTileN / 4", "one round more, of no element"),
@@ -260,7 +263,8 @@ def _run(cell: Cell, program: Program, case: Case, seed: int) -> str | None:
         extra_strides=case.strided,
     )
     q = (q.astype(np.float32) * case.sharpness).astype(dtype)
-    persistent = PersistentMode(True, case.persistent) if case.persistent else None
+    few = case.persistent if cell.key.family == "fa3" else 0  # a CTA of the other family has one tile
+    persistent = PersistentMode(True, few) if few else None
     out_like = poisoned(np, (*q.shape[:3], q.shape[3] + 16), dtype)[..., : q.shape[3]] if case.strided else None
     try:
         result = run_forward(cell, q, k, v, seed=seed, program=program, persistent=persistent, out_like=out_like, time_limit_s=TIME_LIMIT_S)

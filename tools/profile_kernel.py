@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout
 
 import cutlass_fa
 from cutlass_fa.cell import Cell
-from cutlass_fa.demo import forward_flops, hopper_problem
+from cutlass_fa.demo import forward_flops, launch_problem
 from cutlass_fa.dispatch import DISPATCH_TABLE, DispatchKey
 from cutlass_fa.errors import FlashAttnError
 from cutlass_fa.render import render
@@ -313,7 +313,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         cell = Cell.of(key_of(point))
         ncu = arguments.ncu or find_ncu()
-        problem = hopper_problem()
+        problem = launch_problem()
         if problem is not None:
             raise ProfilerError(f"nothing to profile: {problem}")
         program = [sys.executable, str(Path(__file__).resolve()), "--launch", *argv]

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout
 
 import cutlass_fa
 from cutlass_fa.cell import Cell
-from cutlass_fa.demo import hopper_problem
+from cutlass_fa.demo import launch_problem
 from cutlass_fa.dispatch import DISPATCH_TABLE, DispatchKey
 from cutlass_fa.errors import CompileError, FlashAttnError
 from cutlass_fa.kernels import obtain
@@ -299,7 +299,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FlashAttnError as error:
         parser.error(str(error))
     logging.getLogger("cutlass_fa").setLevel(logging.ERROR)  # the table says what a slow compile's log line would
-    problem = hopper_problem()
+    problem = launch_problem()
     device = NO_GPU if problem is not None else CupyDevice().gpu_name
     print(f"{device}, {usable_processors()} processors; " + ", ".join(f"{name} {version}" for name, version in versions().items()))
     startup = {"processors": usable_processors(), **measure(arguments, keys, problem)}

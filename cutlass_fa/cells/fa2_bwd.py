@@ -159,8 +159,9 @@ class Fa2BwdCell(Cell):
         return self.tile.dout_stages == 2
 
     @property
-    def has_vector_atomics(self) -> bool:
-        return arch_number(self.arch) >= 90
+    def vector_atomics(self) -> str:
+        """Whether the GPU adds four floats in one request."""
+        return "true" if arch_number(self.arch) >= 90 else "false"
 
     # ---- Params ------------------------------------------------------------------------------------------------------------------
 

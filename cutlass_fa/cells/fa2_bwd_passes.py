@@ -101,8 +101,8 @@ class Fa2BwdConvertCell(_Pass):
         return self.main.dq_part_d
 
     @property
-    def has_vector_atomics(self) -> bool:
-        return self.main.has_vector_atomics
+    def vector_atomics(self) -> str:
+        return self.main.vector_atomics
 
     @property
     def is_query_gradient(self) -> bool:

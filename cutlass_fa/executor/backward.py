@@ -59,19 +59,25 @@ def run_backward(
 ) -> Backward:
     """Run a whole backward call whose main kernel is `key`'s on the CPU.
 
-    dout, q, k, v, out, lse, dlse: as flash_attn_backward takes them, in the key's dtype; any strides that a call on the GPU accepts.
+    dout, q, k, v, out, lse, dlse: as flash_attn_backward takes them, in the key's dtype and any strides that a GPU's call accepts.
     seed: the schedule of every launch. build: where programs come from. softcap, dropout_p: positive where the key has them, else 0.
-    gradients_like: arrays whose shapes and strides dq, dk and dv have; default contiguous. num_splits, num_copies: as Fa2BwdRequest has them;
+    gradients_like: arrays whose shapes and strides dq, dk and dv have; default contiguous. num_splits, num_copies: as Fa2BwdRequest has,
     several splits where the key has them.
 
     Raises ExecutorFault where a kernel misbehaves (also when it writes around a strided output or leaves some of an output unwritten),
     ExecutorError where the call needs another main kernel than `key`, HostCompileError, and what BackwardProblem.from_specs raises.
     """
     spec: Any = library_of(np.ndarray).spec
+    dq_like, dk_like, dv_like = (None if like is None else spec(like) for like in gradients_like)
     problem = BackwardProblem.from_specs(
-        *map(spec, (dout, q, k, v, out, lse)),
+        spec(dout),
+        spec(q),
+        spec(k),
+        spec(v),
+        spec(out),
+        spec(lse),
         None if dlse is None else spec(dlse),
-        tuple(None if like is None else spec(like) for like in gradients_like),
+        (dq_like, dk_like, dv_like),
         recompute=False,
         arch=key.arch,
         mask=Window(-1, -1, causal=key.causal),

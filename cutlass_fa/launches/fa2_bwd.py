@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -31,10 +32,10 @@ class BackwardPointers:
     out: int
     dout: int
     lse: int
-    dlse: int
     dq: int
     dk: int
     dv: int
+    dlse: int
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,10 @@ class Workspace:
         request = problem.request
         rows = request.batch * request.num_heads_q * request.blocks[0] * cell.tile_m
         parts = request.splits * request.batch * request.num_heads_kv * request.seqlen_k * cell.head_dim if cell.is_split else 0
-        starts, end = [], 0
-        for size in (rows, rows, request.copies * rows * cell.head_dim, parts, parts):
-            starts.append(4 * end)
-            end += -(-size // WORKSPACE_ALIGNMENT) * WORKSPACE_ALIGNMENT
-        return cls(*starts, floats=end)
+        sizes = (rows, rows, request.copies * rows * cell.head_dim, parts, parts)
+        ends = list(accumulate(-(-size // WORKSPACE_ALIGNMENT) * WORKSPACE_ALIGNMENT for size in sizes))
+        lse_log2, dpsum, dq_acc, dk_parts, dv_parts = (4 * start for start in (0, *ends[:-1]))
+        return cls(lse_log2, dpsum, dq_acc, dk_parts, dv_parts, floats=ends[-1])
 
 
 @dataclass(frozen=True)

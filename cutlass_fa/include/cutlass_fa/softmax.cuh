@@ -43,12 +43,11 @@ CUTLASS_FA_DEVICE void exponentiate(float const (&acc_s)[kSize], float const (&o
   }
 }
 
-// p <- probabilities from the largest scores so far. Rows updated; `rescale` <- what everything summed before must be multiplied by. A row
-// that has only -inf so far gets zeros.
-template <class Element, int kSize>
-CUTLASS_FA_DEVICE void softmax_from_maximum(float const (&acc_s)[kSize], SoftmaxRows& rows, uint32_t (&p)[kSize / 2], float (&rescale)[2],
-                                            float scale_log2) {
-  float base[2], sum[2];
+// Origins <- the largest scores so far. base: the same, but 0 for a row that has only -inf (-inf - -inf would be NaN), whose probabilities
+// are then 0. Sums follow; `rescale` <- what the output must be multiplied by.
+template <int kSize>
+CUTLASS_FA_DEVICE void move_origins(float const (&acc_s)[kSize], SoftmaxRows& rows, float (&base)[2], float (&rescale)[2],
+                                    float scale_log2) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     float row_max = acc_s[2 * r];
@@ -58,29 +57,30 @@ CUTLASS_FA_DEVICE void softmax_from_maximum(float const (&acc_s)[kSize], Softmax
       row_max = fmaxf(row_max, acc_s[4 * j + 2 * r + 1]);
     }
     float const origin = fmaxf(rows.origin[r], quad_max(row_max) * scale_log2);
-    base[r] = origin == negative_infinity() ? 0.0f : origin;  // -inf - -inf would be NaN
+    base[r] = origin == negative_infinity() ? 0.0f : origin;
     rescale[r] = exp2_approx(rows.origin[r] - base[r]);
     rows.origin[r] = origin;
+    rows.sum[r] *= rescale[r];
   }
-  exponentiate<Element>(acc_s, base, scale_log2, p, sum);
-  rows.sum[0] = rows.sum[0] * rescale[0] + sum[0];
-  rows.sum[1] = rows.sum[1] * rescale[1] + sum[1];
 }
 
-// p <- the block's probabilities. False for the whole warp where no row's origin moved; else `rescale` is what the output must be multiplied
-// by. acc_s: masked scores are -inf. A row that has had no key yet makes NaN or infinity of its old origin, and so is looked at again.
+// p <- the block's probabilities, rows updated. acc_s: masked scores are -inf. False for the whole warp where no row's origin moved; else
+// `rescale` is what the output must be multiplied by. Origins move first where `first` (no block came before), and where a try without
+// has failed. A row that has had no key yet makes infinity or NaN of its old origin: its try fails.
 template <class Element, int kSize>
 CUTLASS_FA_DEVICE bool online_softmax(float const (&acc_s)[kSize], SoftmaxRows& rows, uint32_t (&p)[kSize / 2], float (&rescale)[2],
-                                      float scale_log2) {
-  float sum[2];
-  exponentiate<Element>(acc_s, rows.origin, scale_log2, p, sum);
-  bool const moves = warp_any(!(sum[0] <= kMaxBlockSum && sum[1] <= kMaxBlockSum));  // so written, NaN moves too
-  if (moves) {
-    softmax_from_maximum<Element>(acc_s, rows, p, rescale, scale_log2);
-  } else {
-    rows.sum[0] += sum[0];
-    rows.sum[1] += sum[1];
-  }
+                                      float scale_log2, bool first = false) {
+  float base[2] = {rows.origin[0], rows.origin[1]}, sum[2];
+  bool moves = first, failed;
+#pragma unroll 1
+  do {  // a loop rather than two branches, so that the exponentials are in the code once
+    if (moves) { move_origins(acc_s, rows, base, rescale, scale_log2); }
+    exponentiate<Element>(acc_s, base, scale_log2, p, sum);
+    failed = !moves && warp_any(!(sum[0] <= kMaxBlockSum && sum[1] <= kMaxBlockSum));  // so written, NaN fails
+    moves |= failed;
+  } while (failed);
+  rows.sum[0] += sum[0];
+  rows.sum[1] += sum[1];
   return moves;
 }
 

@@ -90,4 +90,38 @@ CUTLASS_FA_DEVICE void multiply_columns(float (&acc)[kRowBlocks][kColumnBlocks][
   }
 }
 
+// A row of blocks of an accumulator, r = 0 or 1 (8 rows below): the columns before `end`, counted from the lane's first, become `value`.
+template <int kColumnBlocks>
+CUTLASS_FA_DEVICE void set_columns_before(float (&acc)[kColumnBlocks][4], int r, int end, float value) {
+#pragma unroll
+  for (int j = 0; j < kColumnBlocks; ++j) {
+    if (8 * j < end) { acc[j][2 * r] = value; }
+    if (8 * j + 1 < end) { acc[j][2 * r + 1] = value; }
+  }
+}
+
+// A operands of kSteps times 16 k from rows in shared memory; a: A's rows, lane_offset_down.
+template <int kPitch, int kSteps, int kRowBlocks>
+CUTLASS_FA_DEVICE void load_operand(uint32_t (&a_words)[kSteps][kRowBlocks][4], char const* a) {
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+    for (int i = 0; i < kRowBlocks; ++i) { load_matrix_x4(a_words[step][i], a + i * 16 * kPitch + step * 32); }
+  }
+}
+
+// The same as a thread left them: 16 bytes for each block, `stride` slots apart.
+template <int kSteps, int kRowBlocks>
+CUTLASS_FA_DEVICE void load_operand_slots(uint32_t (&a_words)[kSteps][kRowBlocks][4], uint4 const* slots, int stride) {
+#pragma unroll
+  for (int n = 0; n < kSteps * kRowBlocks; ++n) {
+    uint4 const packed = slots[n * stride];
+    uint32_t(&words)[4] = a_words[n / kRowBlocks][n % kRowBlocks];
+    words[0] = packed.x;
+    words[1] = packed.y;
+    words[2] = packed.z;
+    words[3] = packed.w;
+  }
+}
+
 }  // namespace cutlass_fa

@@ -1,0 +1,179 @@
+"""Every golden backward on the CPU executor: the whole call, by the test rule, under several schedules; and against finite differences."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cutlass_fa.cell import Cell
+from cutlass_fa.dispatch import DISPATCH_TABLE, DispatchKey
+from cutlass_fa.executor import Backward, ExecutorError, ExecutorFault, ExecutorKernel, Program, compiler_problem, run_backward
+from cutlass_fa.reference import Gradients, attention_backward, attention_forward
+from cutlass_fa.render import render
+from tests.backward_cases import RANDOM_STATE, SOFTCAP, Case, Inputs
+from tests.numerics import check_backward
+
+pytestmark = pytest.mark.skipif(compiler_problem() is not None, reason=str(compiler_problem()))
+
+GOLDEN = [key for key in DISPATCH_TABLE if key.direction == "bwd"]
+SEEDS = (0, 1, 2, 3)  # every policy for landing copies, fair and unfair scheduling
+Build = Callable[[DispatchKey], Program]
+
+
+@pytest.fixture(scope="session")
+def build() -> Build:
+    """The program of a cell, compiled once."""
+    return lru_cache(maxsize=None)(lambda key: ExecutorKernel.build(render(Cell.of(key))))
+
+
+CASES = (
+    Case((2, 3), batch=2, groups=2),
+    Case((77, 150), batch=2, order="bhsd", has_dlse=True),
+    Case((200, 131), narrower=24, strided=True),  # more queries than keys: with a causal mask, rows without keys
+    Case((131, 330), groups=2, ratio=1, softmax_scale=0.3),
+    Case((70, 40), ratio=3),
+)
+
+
+def inputs_of(key: DispatchKey, case: Case, seed: int = 7) -> Inputs:
+    flags = {"softcap": SOFTCAP * key.softcap, "dropout_p": 0.17 * key.dropout}
+    return Inputs.of(case, np, np.random.default_rng(seed), dtype=key.dtype, head_dim=key.head_dim, causal=key.causal, **flags)
+
+
+def run(build: Build, key: DispatchKey, case: Case, inputs: Inputs, seed: int) -> Backward:
+    """The gradients that the kernels wrote, held to the rule."""
+    options: dict[str, Any] = {name: inputs.call.get(name, 0.0) for name in ("softcap", "dropout_p")}
+    like = (inputs.q, inputs.k, inputs.v) if case.strided else (None, None, None)
+    result = run_backward(
+        key,
+        *(inputs.dout, inputs.q, inputs.k, inputs.v, inputs.out, inputs.lse),
+        seed=seed,
+        build=build,
+        softmax_scale=case.softmax_scale,
+        random_state=RANDOM_STATE,
+        dlse=inputs.dlse,
+        gradients_like=like,
+        num_splits=3 if key.split else 1,
+        num_copies=2 if key.deterministic else 1,
+        **options,
+    )
+    gradients = Gradients(result.dq, result.dk, result.dv)
+    arrays = (inputs.dout, inputs.q, inputs.k, inputs.v)
+    check_backward(gradients, *arrays, case=f"{key} {case} seed {seed}", dlse=inputs.dlse, **inputs.options)
+    return result
+
+
+def golden_cases() -> list[tuple[DispatchKey, Case]]:
+    """Every golden cell with every case; of a split one those that have a block of queries for each of the three splits."""
+    return [(key, case) for key in GOLDEN for case in CASES if not key.split or case.seqlens[0] * case.ratio > 2 * Cell.of(key).tile_m]
+
+
+@pytest.mark.parametrize(("key", "case"), golden_cases(), ids=str)
+def test_golden_cell(build: Build, key: DispatchKey, case: Case) -> None:
+    """Right under every schedule, and bitwise the same: CTAs run one after another here, so that atomics have an order too."""
+    inputs = inputs_of(key, case)
+    first = run(build, key, case, inputs, SEEDS[0])
+    for seed in SEEDS[1:]:
+        again = run(build, key, case, inputs, seed)
+        for name in ("dq", "dk", "dv"):
+            assert (getattr(again, name).view(np.uint16) == getattr(first, name).view(np.uint16)).all(), f"{name}: seed {seed}"
+
+
+SMALL = DispatchKey.parse("fa2_bwd_sm90a_bf16_hdim64_causal")
+EVERYTHING = DispatchKey.parse("fa2_bwd_sm86_f16_hdim192_causal_softcap_dropout_deterministic_split")
+
+
+@pytest.mark.parametrize(("arch", "head_dim"), [("sm_80", 80), ("sm_86", 96), ("sm_86", 192), ("sm_90a", 80), ("sm_90a", 192)])
+def test_other_tiles(build: Build, arch: str, head_dim: int) -> None:
+    """Rows of the tables whose warps share a block in another way than in the golden cells."""
+    key, case = DispatchKey("fa2", "bwd", arch, "f16", head_dim, causal=True), Case((200, 131), narrower=8, strided=True)
+    run(build, key, case, inputs_of(key, case), seed=1)
+
+
+def test_all_features_together(build: Build) -> None:
+    for seed in SEEDS:
+        run(build, EVERYTHING, CASES[1], inputs_of(EVERYTHING, CASES[1]), seed)
+
+
+def test_rows_without_keys_and_keys_without_rows(build: Build) -> None:
+    """Causal, 40 keys for 200 queries: the first 160 see none; and 1 query that sees all keys but those of other batches."""
+    case = Case((200, 40), batch=2)
+    result = run(build, SMALL, case, inputs_of(SMALL, case), seed=2)
+    assert not result.dq[:, :160].any() and result.dq[:, 160:].any()
+
+
+@pytest.mark.parametrize("flags", [{}, {"softcap": True}, {"dropout": True}, {"softcap": True, "dropout": True}], ids=str)
+def test_gradients_are_finite_differences(build: Build, flags: dict[str, bool]) -> None:
+    """The reference's, to nine digits, and through it the kernels'."""
+    key, case = replace(SMALL, **flags), Case((5, 9), narrower=48, has_dlse=True)
+    inputs = inputs_of(key, case)
+    wide = [x.astype(np.float64) for x in (inputs.q, inputs.k, inputs.v)]
+
+    def loss(arrays: list[np.ndarray]) -> float:
+        out, lse = attention_forward(*arrays, **inputs.options)
+        return float((out * inputs.dout.astype(np.float64)).sum() + (lse * inputs.dlse.astype(np.float64)).sum())
+
+    exact = attention_backward(inputs.dout, inputs.q, inputs.k, inputs.v, dlse=inputs.dlse, **inputs.options)
+    rng = np.random.default_rng(1)
+    for index, gradient in enumerate((exact.dq, exact.dk, exact.dv)):
+        for place in rng.choice(gradient.size, 12, replace=False):
+            steps = []
+            for step in (1e-6, -1e-6):
+                moved = [x.copy() for x in wide]
+                moved[index].reshape(-1)[place] += step
+                steps.append(loss(moved))
+            assert abs((steps[0] - steps[1]) / 2e-6 - gradient.reshape(-1)[place]) < 1e-7
+    run(build, key, case, inputs, seed=0)
+
+
+def test_a_call_that_needs_another_kernel_is_refused(build: Build) -> None:
+    inputs = inputs_of(SMALL, CASES[0])
+    arrays = (inputs.dout, inputs.q, inputs.k, inputs.v, inputs.out, inputs.lse)
+    with pytest.raises(ExecutorError, match="causal_softcap"):
+        run_backward(SMALL, *arrays, seed=0, build=build, softcap=1.0)
+
+
+# ---- the check of the checker --------------------------------------------------------------------------------------------------------
+
+ACTS = (  # an act of the main kernel, what stands in its place, and what the report must say
+    ("cp_async_wait<0>();\n    group_sync(self);", "group_sync(self);", r"not know to have landed|written by a cp_async"),
+    ("named_barrier_sync(kDoutReady + step % 2, kThreads);", "", r"not know to have landed|nobody wrote|twice before it has opened"),
+    ("named_barrier_sync(kPReady + step % 2, kThreads);", "", r"not know to have landed|max error|finite|twice before it has opened"),
+    ("named_barrier_sync(kDsReady + (step - 1) % 2, kThreads);", "", r"nobody wrote|max error|finite|twice before it has opened"),
+    ("group_sync(self);  // the group's other warps have written their dS", "", r"nobody wrote|max error|finite"),
+    ("if (is_masked(params, work, block)) { mask_scores(self, params, work, block, acc_s); }", "", r"max error|finite"),
+    ("if (lse != negative_infinity()) { lse_log2 = lse / kLn2; }", "lse_log2 = lse / kLn2;", r"finite|never written"),
+    ("cp_async_wait_all();", "", r"of its cp_async are in flight"),
+)
+
+
+@pytest.mark.parametrize(("before", "after", "report"), ACTS, ids=[act[0].split("\n")[0] for act in ACTS])
+def test_a_missing_act_is_noticed(before: str, after: str, report: str) -> None:
+    mutated = 0
+
+    def mutate(key: DispatchKey) -> Program:
+        nonlocal mutated
+        source = render(Cell.of(key))
+        mutated += before in source.text
+        return ExecutorKernel.build(replace(source, text=source.text.replace(before, after)))
+
+    program = lru_cache(maxsize=None)(mutate)
+    key = replace(SMALL, split="wait_all" in before)  # only a split may have no block of queries at all
+    cases = (Case((260, 150)), Case((250, 200)), Case((200, 140)), Case((240, 300)), Case((300, 30)))
+    reports = []
+    for seed in range(6):
+        for case in cases:
+            try:
+                run(program, key, case, inputs_of(key, case), seed)
+            except (ExecutorFault, AssertionError) as error:
+                reports.append(str(error))
+        if reports:
+            break
+    assert mutated, "no such act in the kernels: the list is out of date"
+    assert reports and re.search(report, reports[0]), reports[:1]
