@@ -109,6 +109,10 @@ RING_FAULTS: dict[str, tuple[dict[str, object], str]] = {
     "copies to a CTA that is not there": ({"kMask": "5"}, r"to the CTAs of mask 0x5: the cluster has 2"),
     "copies to nobody": ({"kMask": "0"}, r"to the CTAs of mask 0: the cluster has 2"),
     "arrival at a CTA that is not there": ({"kFarthest": "2"}, r"remote_arrive to CTA rank 2: the cluster has 2"),
+    "sums read before they are written": (
+        {"kSyncExchange": "false"},
+        rf"remote_load (of|reads) shared .* {RANK}, which (no barrier separates from a plain store of thread \d+|nobody wrote)",
+    ),
     "end before the other CTA has read": (
         {"kSyncEnd": "false"},
         r"CTA rank \d ends, .* while a remote_load of thread \d+ of CTA rank \d may be to come|remote_load to CTA rank \d, which has ended",

@@ -36,17 +36,34 @@ NOT_OF_THE_DOOR = {"WgmmaShape", "WgmmaFp8Shape"}
 @pytest.mark.parametrize("header", DEVICE_HEADERS, ids=lambda path: path.name)
 def test_every_primitive_has_its_host_twin(header: Path) -> None:
     """A new primitive without its twin fails here, by name."""
-    text = re.sub(r"//[^\n]*", "", header.read_text())
     twin = TWINS / header.name
+    problems = twin_problems(header.name, header.read_text(), twin.read_text() if twin.exists() else None)
+    assert not problems, "\n".join(problems)
+
+
+def twin_problems(name: str, device: str, host: str | None) -> list[str]:
+    """What is wrong between a header's device text and its host twin's; host None: there is none."""
+    text = re.sub(r"//[^\n]*", "", device)
+    twin = TWINS / name
     if not HARDWARE.search(text):
-        assert not twin.exists(), f"{header.name} is plain C++: the executor takes the device's own text, which {twin} hides"
-        return
-    assert twin.exists(), f"{header.name} touches the hardware: write its host twin {twin}"
-    host = twin.read_text()
-    if f"#include_next <cutlass_fa/{header.name}>" in host:
-        return  # the device's text itself, over host versions of its intrinsics: a missing one does not compile
-    for name in {*FUNCTION.findall(text), *TYPE.findall(text)} - NOT_OF_THE_DOOR:
-        assert re.search(rf"\b{name}\b", host), f"{header.name}: {name} has no host twin in {twin}"
+        return [f"{name} is plain C++: the executor takes the device's own text, which {twin} hides"] if host is not None else []
+    if host is None:
+        return [f"{name} touches the hardware: write its host twin {twin}"]
+    if f"#include_next <cutlass_fa/{name}>" in host:
+        return []  # the device's text itself, over host versions of its intrinsics: a missing one does not compile
+    names = {*FUNCTION.findall(text), *TYPE.findall(text)} - NOT_OF_THE_DOOR
+    return [f"{name}: {each} has no host twin in {twin}" for each in sorted(names) if not re.search(rf"\b{each}\b", host)]
+
+
+def test_a_missing_twin_is_named() -> None:
+    device, host = (include_dir() / "cutlass_fa" / "cluster.cuh").read_text(), (TWINS / "cluster.cuh").read_text()
+    new = device.replace(
+        "}  // namespace", 'CUTLASS_FA_DEVICE void new_act(int x) { asm volatile("new %0;" ::"r"(x)); }\n\n}  // namespace'
+    )
+    assert twin_problems("cluster.cuh", device, host) == []
+    assert [re.sub(" in .*", "", each) for each in twin_problems("cluster.cuh", new, host)] == ["cluster.cuh: new_act has no host twin"]
+    assert "write its host twin" in twin_problems("new.cuh", new, None)[0]
+    assert "plain C++" in twin_problems("plain.cuh", "inline int two() { return 2; }", "anything")[0]
 
 
 def test_twins_have_a_device_header() -> None:
@@ -210,7 +227,7 @@ def check_product(product: Product, **constants: str) -> None:
     for thread in range(128):
         for register in range(product.columns // 2):
             actual[accumulator_coordinates(thread, register)] = registers[thread, register]
-    sign = -1 if constants else 1
+    sign = -1 if "kNegateA" in constants else 1
     np.testing.assert_array_equal(actual, sign * (a.astype(np.float32) @ b.astype(np.float32)))  # small integers: exact
 
 

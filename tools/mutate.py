@@ -136,6 +136,8 @@ EQUIVALENT = (
     ),
     Equivalent("< to <=", r"group < kHeadDim", "one group more, of columns that the test of `column` keeps from being stored"),
     Equivalent("< to <=", r"8 \* block < kHeadDim", "differs only for columns that are not stored"),
+    Equivalent("< to <=", r"first < kTileN / 4", "one round more, of no element"),
+    Equivalent("min to max", r"min\(first \+ 32", "one round of all 32 elements", where=r"kTileN = 128;"),
     Equivalent(">= to >", r"n_block >= own_end", "a block that could be skipped is computed, every score of it masked"),
     Equivalent(
         r"drop \+ [18]", r"key_end|n_block_end", "the keys that are seen do not depend on the query", where=r"Every query sees every key"

@@ -21,6 +21,7 @@ constexpr bool kFenceInit = true;
 constexpr bool kWaitFull = true;
 constexpr bool kWaitEmpty = true;
 constexpr bool kArriveRemotely = true;
+constexpr bool kSyncExchange = true;
 constexpr bool kSyncEnd = true;
 constexpr bool kWaitTail = true;
 constexpr int kExpected = 2 * kHalfBytes;
@@ -102,7 +103,7 @@ CUTLASS_FA_DEVICE void exchange(SharedStorage& shared, int warp, uint32_t (&sums
   if (warp >= 0) {
     for (int j = 0; j < 4; ++j) { shared.sums[warp][lane][j] = sums[j]; }
   }
-  cluster_sync();  // the other CTA has written its sums
+  if constexpr (kSyncExchange) { cluster_sync(); }  // the other CTA has written its sums
   if (warp >= 0) {
     for (int j = 0; j < 4; ++j) { sums[j] += 5 * remote_load(&shared.sums[warp][lane][j], cluster_rank() ^ 1); }
   }

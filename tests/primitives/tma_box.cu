@@ -6,6 +6,10 @@
 
 using namespace cutlass_fa;
 
+// Faults.
+constexpr bool kWait = true;
+constexpr bool kKeep = true;
+
 struct SharedStorage {
   alignas(1024) char box[32768];
   Mbarrier full;
@@ -29,6 +33,7 @@ extern "C" __global__ void __launch_bounds__(128, 1) tma_box(const __grid_consta
     tma_load(map, shared.full, CacheHint::kEvictFirst, shared.box, params.coordinate[0], params.coordinate[1], params.coordinate[2],
              params.coordinate[3]);
   }
-  shared.full.wait(0);
+  if (!kKeep && thread_index() == 0) { shared.box[0] = 1; }
+  if constexpr (kWait) { shared.full.wait(0); }
   for (int word = thread_index(); word < params.bytes / 4; word += 128) { params.out[word] = reinterpret_cast<uint32_t const*>(shared.box)[word]; }
 }

@@ -12,6 +12,7 @@ constexpr bool kAdds = false;
 constexpr bool kFlat = false;  // a reduction of consecutive floats, coordinate[0] of them on
 constexpr bool kCopies = false;  // the buffer is filled by cp.async
 constexpr int kRowsApart = 16;
+constexpr int kTurns = 2;
 // Faults.
 constexpr bool kFence = true;
 constexpr bool kWaitRead = true;
@@ -35,7 +36,7 @@ extern "C" __global__ void __launch_bounds__(128, 1)
     tma_store_box(const __grid_constant__ TensorMap map, const __grid_constant__ Params params) {
   SharedStorage& shared = dynamic_shared_memory<SharedStorage>();
   int const* const at = params.coordinate;
-  for (int turn = 0; turn < 2; ++turn) {
+  for (int turn = 0; turn < kTurns; ++turn) {
     if constexpr (kCopies) {
       for (int word = thread_index() * 4; word < kWords; word += 512) { cp_async(&shared.box[word], &params.in[turn * kWords + word]); }
       cp_async_wait_all();

@@ -24,6 +24,9 @@ constexpr uint64_t kLayoutB = 0;
 constexpr int kStepBytesB = 0;  // of the MN-major form
 constexpr bool kNegateA = false;  // by plain stores, after it has landed
 constexpr bool kFence = true;
+constexpr int kFenceAll = 0, kFenceOneBeforeTheBarrier = 1, kFenceOneAfterTheBarrier = 2;
+constexpr int kFencer = kFenceAll;
+constexpr bool kStoreInFlight = false;
 
 constexpr int column_step_bytes(int step, int chunk_bytes) { return step * 16 / kChunkColumns * chunk_bytes + step * 16 % kChunkColumns * 2; }
 
@@ -58,8 +61,11 @@ extern "C" __global__ void __launch_bounds__(128, 1)
   shared.full.wait(0);
   if constexpr (kNegateA) {
     for (int word = thread_index(); word < kChunksA * kChunkBytesA / 4; word += 128) { reinterpret_cast<uint32_t*>(shared.a)[word] ^= 0x80008000u; }
-    if constexpr (kFence) { fence_async_proxy(); }
+    bool const is_fencer = kFencer == kFenceAll || (kFencer == kFenceOneBeforeTheBarrier && thread_index() == 0);
+    if (kFence && is_fencer) { fence_async_proxy(); }
     block_sync();
+    if (kFencer == kFenceOneAfterTheBarrier && thread_index() == 0) { fence_async_proxy(); }
+    if constexpr (kFencer == kFenceOneAfterTheBarrier) { block_sync(); }
   }
 
   float acc[kColumns / 2];
@@ -81,6 +87,7 @@ extern "C" __global__ void __launch_bounds__(128, 1)
     }
   }
   wgmma_commit();
+  if constexpr (kStoreInFlight) { shared.a[thread_index()] = 0; }
   wgmma_wait<0>();
   pin_registers(acc);
   for (int i = 0; i < kColumns / 2; ++i) { params.d[thread_index() * (kColumns / 2) + i] = acc[i]; }

@@ -22,7 +22,7 @@ bool join(int id, int expected, Site site) {
   }
   if (barrier.present[self->index]) { fault(site, "a thread comes to barrier %d twice before it has opened once", id); }
   barrier.present[self->index] = true;
-  barrier.clock.merge(self->clock);
+  release_into(barrier.clock);
   if (++barrier.count < barrier.expected) { return false; }
   for (auto& thread : cta->thread) {
     bool const is_sync = thread->wait.kind == WaitKind::kNamedBarrier || thread->wait.kind == WaitKind::kBlockSync;
@@ -38,7 +38,7 @@ void reset(int id) {
   NamedBarrier& barrier = cta->barrier[id];
   barrier.count = 0;
   barrier.present.reset();
-  barrier.clock = Clock{};
+  barrier.clock.clear();
 }
 
 void sync(WaitKind kind, int id, int expected, Site site) {
@@ -81,7 +81,7 @@ void try_end_phase(int id, Site site) {
   ++barrier.phase;
   barrier.pending = barrier.arrivals;
   barrier.released.merge(barrier.arriving);
-  barrier.arriving = Clock{};
+  barrier.arriving.clear();
   for (auto& thread : cta->thread) {
     Wait const& wait = thread->wait;
     if (wait.kind == WaitKind::kMbarrier && wait.id == id && has_ended(barrier, wait.detail)) { wake(*thread); }
@@ -156,6 +156,7 @@ void mbarrier_fence_init(Site) {
 
 void mbarrier_arrive(std::uint64_t* state, Site site) {
   arrive_at_mbarrier(find_mbarrier(state, site), self->clock, site);
+  begin_epoch();
   let_others_run(site);
 }
 
@@ -163,6 +164,7 @@ void mbarrier_arrive_and_expect(std::uint64_t* state, std::uint32_t bytes, Site 
   int const id = find_mbarrier(state, site);
   cta->mbarrier[id].bytes += bytes;
   arrive_at_mbarrier(id, self->clock, site);
+  begin_epoch();
   let_others_run(site);
 }
 

@@ -17,7 +17,7 @@ void try_open_barrier() {
   cluster.arrived = 0;
   ++cluster.phase;
   cluster.released.merge(cluster.arriving);
-  cluster.arriving = Clock{};
+  cluster.arriving.clear();
   for (auto const& each : cluster.cta) {
     for (auto const& thread : each->thread) {
       if (thread->wait.kind == WaitKind::kCluster) { wake(*thread); }
@@ -42,7 +42,7 @@ void cluster_arrive(Site site) {
   if (self->is_at_cluster_barrier) { fault(site, "a thread arrives at the cluster's barrier twice without a cluster_wait between"); }
   self->is_at_cluster_barrier = true;
   ++cluster.arrived;
-  cluster.arriving.merge(self->clock);
+  release_into(cluster.arriving);
   try_open_barrier();
   let_others_run(site);
 }
@@ -85,6 +85,7 @@ void remote_arrive(std::uint64_t* state, int rank, Site site) {
       fault(site, "%s at an mbarrier without fence_mbarrier_init after its init%s", kAct, place(cta->mbarrier[id].site).c_str());
     }
     arrive_at_mbarrier(id, self->clock, site);
+    begin_epoch();
   }
   let_others_run(site);
 }
@@ -107,8 +108,10 @@ void check_cluster_at_end() {
   for (std::size_t thread = 0; thread < cta->touched_by.size(); ++thread) {
     RemoteAct const& act = cta->touched_by[thread];
     if (knows(cta->at_end.remote_acts, static_cast<int>(thread), act.seq)) { continue; }
-    fault(act.site, "CTA rank %d ends, and its shared memory with it, while a %s of thread %zu of CTA rank %zu may be to come: nothing that "
-          "its threads waited for came after it", cta->rank, act.name, thread % cta->threads, thread / cta->threads);
+    fault(act.site,
+          "CTA rank %d ends, and its shared memory with it, while a %s of thread %zu of CTA rank %zu may be to come: nothing that its "
+          "threads waited for came after it",
+          cta->rank, act.name, thread % cta->threads, thread / cta->threads);
   }
 }
 

@@ -11,8 +11,6 @@
 namespace cutlass_fa::executor {
 namespace {
 
-constexpr unsigned char kPoison = 0xFF;  // NaN in every floating-point format
-
 // Copies one row of the box; `linear` is where it would lie without swizzle.
 void copy_row(Copy const& copy, std::uint64_t address, bool exists, std::uint32_t linear) {
   TensorMapFields const& map = copy.map;

@@ -8,8 +8,6 @@
 namespace cutlass_fa::executor {
 namespace {
 
-constexpr unsigned char kPoison = 0xFF;
-
 void check_source(std::uint64_t source, int bytes, Site site) {
   if (source % kGranule != 0) { fault(site, "cp_async from an address that is not a multiple of %d", kGranule); }
   if (bytes < 0 || bytes > kGranule) { fault(site, "cp_async of %d bytes: 0 to %d", bytes, kGranule); }
@@ -31,6 +29,7 @@ void cp_async(void* destination, void const* source, int source_bytes, Site site
   access.copier = self->cluster_index;
   access.copy = ++self->copies.issued;
   access.site = site;
+  mark_unpublished(offset / kGranule);
   std::memset(cta->shared + offset, kPoison, kGranule);
   self->copies.acts.push_back({site, offset, address, source_bytes, false});
   cta->due.push({landing_step(), self->index, self->copies.issued, false});

@@ -93,6 +93,7 @@ void fault(Site site, char const* format, ...) {
     std::fprintf(stderr, ", thread %d (warpgroup %d, warp %d, lane %d)", self->index, self->warpgroup(), self->warp(), self->index % kWarp);
   }
   std::fprintf(stderr, "%s\n", place(site).c_str());
+  if (plain_access_pc() != 0) { std::fprintf(stderr, "  pc %#zx\n", plain_access_pc() - 1); }  // inside the call, not behind it
   std::fflush(stderr);
   _exit(kFaultStatus);
 }

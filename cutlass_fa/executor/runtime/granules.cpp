@@ -62,12 +62,12 @@ std::uint32_t shared_offset(char const* act, void const* pointer, std::uint32_t 
 
 void check_written(char const* act, std::uint32_t offset, Site site) {
   for (int i = 0; i < kGranule; ++i) {
-    if (static_cast<unsigned char>(cta->shared[offset + i]) != 0xFF) { return; }
+    if (static_cast<unsigned char>(cta->shared[offset + i]) != kPoison) { return; }
   }
   fault(site, "%s reads %s, which nobody wrote", act, region(offset, kGranule).c_str());
 }
 
-void check_landed(Clock const& known, char const* act, std::uint32_t offset, Site site) {
+void check_copied(Clock const& known, char const* act, std::uint32_t offset, Site site) {
   std::uint32_t const copied = cta->granule[offset / kGranule].copy;
   if (copied != 0) {
     Copy const& copy = cta->copies[copied - 1];
@@ -89,22 +89,32 @@ void check_landed(Clock const& known, char const* act, std::uint32_t offset, Sit
   }
 }
 
+void check_landed(Clock const& known, char const* act, std::uint32_t offset, Site site) {
+  check_copied(known, act, offset, site);
+  check_plain(known, act, offset / kGranule, false, site);
+}
+
+void check_unused(Clock const& known, char const* act, std::uint32_t g, std::string const& what, Site site) {
+  Granule const& granule = cta->granule[g];
+  if (granule.copy != 0) {
+    Copy const& old = cta->copies[granule.copy - 1];
+    char const* const verb = old.landed ? "that this thread does not know to have landed" : "in flight";
+    if (!old.landed || known.at[cta->mbarrier_entry(old.barrier)] < old.phase + 2) {
+      fault(site, "%s to %s, destination of a copy %s%s", act, what.c_str(), verb, place(old.site).c_str());
+    }
+  }
+  check_readers(known, granule, act, what, site);
+  if (!cta->access.empty()) { check_accesses(known, cta->access[g], act, what, site); }
+}
+
 void check_overwrite(Clock const& known, char const* act, std::uint32_t offset, std::uint32_t bytes, Site site) {
   std::string const what = region(offset, bytes);
   for (std::uint32_t g = offset / kGranule; g < (offset + bytes) / kGranule; ++g) {
-    Granule& granule = cta->granule[g];
-    if (granule.copy != 0) {
-      Copy const& old = cta->copies[granule.copy - 1];
-      char const* const verb = old.landed ? "that this thread does not know to have landed" : "in flight";
-      if (!old.landed || known.at[cta->mbarrier_entry(old.barrier)] < old.phase + 2) {
-        fault(site, "%s to %s, destination of a copy %s%s", act, what.c_str(), verb, place(old.site).c_str());
-      }
-    }
-    check_readers(known, granule, act, what, site);
-    granule = Granule{};
-    if (cta->access.empty()) { continue; }
-    check_accesses(known, cta->access[g], act, what, site);
-    cta->access[g] = Access{};
+    check_unused(known, act, g, what, site);
+    check_plain(known, act, g, true, site);
+    cta->granule[g].copy = 0;
+    cta->granule[g].read_by = {};
+    if (!cta->access.empty()) { cta->access[g] = Access{}; }
   }
 }
 

@@ -15,48 +15,14 @@
 
 #include <cutlass_fa_executor/door.hpp>
 
+#include "clock.hpp"
 #include "fiber.hpp"
+#include "products.hpp"
 
 namespace cutlass_fa::executor {
 
-constexpr int kWarp = 32;
-constexpr int kWarpgroup = 128;
-constexpr int kMaxThreads = 1024;
-constexpr int kMaxWarps = kMaxThreads / kWarp;
-constexpr int kMaxWarpgroups = kMaxThreads / kWarpgroup;
-constexpr int kMaxMbarriers = 64;
-constexpr int kMaxClusterCtas = 2;
-constexpr int kNamedBarriers = 15;  // the hardware's sixteenth is __syncthreads'
+constexpr unsigned char kPoison = 0xFF;        // of shared memory: NaN in every floating-point format
 constexpr std::uint32_t kSharedBase = 1024;  // the shared window's first KB belongs to the system on sm_90
-constexpr int kGranule = 16;  // bytes; no copy and no matrix operand starts or ends inside one
-
-constexpr int kFirstAccess = kMaxWarps + kMaxMbarriers;
-constexpr int kCtaEntries = kFirstAccess + kMaxWarps;
-
-// A vector clock: what a thread knows to be over. Each CTA of the cluster has kCtaEntries entries (Cta's *_entry functions find them).
-// Entry w: how many wgmmas of warp w (its `seq`). Entry kMaxWarps + b: 1 when mbarrier b is initialised, plus its phases that have ended.
-// Entry kFirstAccess + w: how many ldmatrix and stmatrix of warp w. Synchronisation merges clocks; whatever an act needs to be over must
-// be in its thread's clock, so that a missing barrier shows on every schedule, not only on the unlucky one.
-struct Clock {
-  std::array<std::uint32_t, kMaxClusterCtas * kCtaEntries> at{};
-  // By thread of the cluster: its cp.asyncs that have landed, its TMA stores that have read their source, its acts on the shared memory of
-  // other CTAs. Empty until there was one.
-  std::vector<std::uint32_t> copies, stores, remote_acts;
-
-  void merge(Clock const& other);
-
-  // Notes that what `thread` has done up to `seq` is over.
-  static void set(std::vector<std::uint32_t>& mine, int thread, std::uint32_t seq) {
-    if (mine.size() <= static_cast<std::size_t>(thread)) { mine.resize(static_cast<std::size_t>(thread) + 1); }
-    mine[static_cast<std::size_t>(thread)] = seq;
-  }
-
- private:
-  static void merge_into(std::vector<std::uint32_t>& mine, std::vector<std::uint32_t> const& other) {
-    if (mine.size() < other.size()) { mine.resize(other.size()); }
-    for (std::size_t i = 0; i < other.size(); ++i) { mine[i] = other[i] > mine[i] ? other[i] : mine[i]; }
-  }
-};
 
 enum class WaitKind { kNone, kBlockSync, kNamedBarrier, kMbarrier, kWarp, kRegisters, kWgmma, kCluster };
 
@@ -65,69 +31,6 @@ struct Wait {
   WaitKind kind = WaitKind::kNone;
   int id = 0;                // barrier, or registers asked for
   std::uint32_t detail = 0;  // parity, or the wgmma's sequence number
-  Site site;
-};
-
-// ---- matrix products ---------------------------------------------------------------------------------------------------------------
-
-// D of one warpgroup while products on it are in flight: row-major [64][columns].
-struct AccumulatorTile {
-  int columns = 0;
-  std::array<float, 64 * 256> values;
-};
-
-// One wgmma of a warpgroup; threads join one after another.
-struct WgmmaOp {
-  struct Read {
-    std::uint32_t offset;  // of 16 bytes in shared memory
-    std::array<unsigned char, kGranule> bytes;
-  };
-  WgmmaCall call{};
-  Site site;
-  int issued = 0;    // threads
-  int finished = 0;  // threads that have waited for it
-  bool rechecked = false;
-  std::shared_ptr<AccumulatorTile> tile;
-  std::vector<std::pair<int, std::uint32_t>> needs;  // (clock entry, least value) of the copies it reads
-  std::vector<std::pair<int, std::uint32_t>> origin;  // the same index: (copy, offset) for the report
-  std::vector<std::uint32_t> granules;  // of 16 bytes that cp.async or stmatrix wrote
-  std::vector<Read> reads;
-  float a[64][32];
-  float b[32][256];
-};
-
-struct Warpgroup {
-  Warpgroup() = default;
-  Warpgroup(Warpgroup&&) = default;
-
-  std::deque<std::unique_ptr<WgmmaOp>> ops;
-  std::vector<std::unique_ptr<WgmmaOp>> spare;
-  std::uint32_t first = 1;  // sequence number of ops.front()
-
-  WgmmaOp* op(std::uint32_t seq) { return seq - first < ops.size() ? ops[seq - first].get() : nullptr; }
-  bool is_issued_by_all(std::uint32_t seq) { return seq < first || (op(seq) != nullptr && op(seq)->issued == kWarpgroup); }
-};
-
-// A thread's accumulators between the issue of a product and the pin that shows its result.
-struct AccumulatorsInFlight {
-  float* d;
-  int count;
-  std::uint32_t last_seq;
-  std::shared_ptr<AccumulatorTile> tile;
-};
-
-struct OperandInFlight {
-  std::uint32_t const* a;
-  std::array<std::uint32_t, 4> words;
-  std::uint32_t seq;
-  Site site;
-};
-
-// What an array held when it was last pinned.
-struct Pin {
-  std::uint32_t const* words;
-  std::vector<std::uint32_t> content;
-  bool fenced;
   Site site;
 };
 
@@ -201,6 +104,7 @@ struct Thread {
   Wait wait;
   Site last;  // its latest act
   Clock clock;
+  std::uint32_t epoch = 0;  // grows whenever others may learn what it has done; its clock holds the present one
   Fiber fiber;
   std::uint32_t shuffled = 0;  // result of the shuffle it waited for
   std::size_t register_moves = 0;
@@ -289,7 +193,8 @@ struct Copy {
 };
 
 struct Granule {
-  std::uint32_t copy = 0;  // 1 + index of the copy that wrote it last, 0: none
+  bool is_unpublished = false;  // plain stores, cp.async or stmatrix changed it, and no fence_async_proxy has followed
+  std::uint32_t copy = 0;       // 1 + index of the copy that wrote it last, 0: none
   std::array<std::uint32_t, kMaxWarpgroups> read_by{};  // the latest wgmma of each warpgroup that reads it
 };
 
@@ -303,6 +208,18 @@ struct Access {
   std::uint32_t write = 0;
   std::array<std::uint32_t, kMaxWarps> read_by{};
   Site site;  // of the copy or the write
+};
+
+// Plain loads and stores of a granule, told apart two bytes at a time.
+struct PlainAccess {
+  static constexpr int kUnitBytes = 2;
+  static constexpr int kUnits = kGranule / kUnitBytes;
+  struct Store {
+    int thread = -1;  // of the cluster; -1: nobody
+    std::uint32_t epoch = 0;
+  };
+  std::array<Store, kUnits> store;
+  std::array<std::vector<std::uint32_t>, kUnits> load;  // since the store: the latest epoch of each thread of the cluster, 0: none
 };
 
 // ---- the CTA and its cluster ---------------------------------------------------------------------------------------------------------
@@ -332,6 +249,8 @@ struct Cta {
   std::vector<char> published;  // shared memory as asynchronous readers see it: copies, and plain writes up to the latest proxy fence
   std::vector<Granule> granule;
   std::vector<Access> access;  // by granule; empty until the first such act
+  std::vector<std::unique_ptr<PlainAccess>> plain;  // by granule; null until the first
+  std::vector<std::uint32_t> unpublished;           // granules
   std::priority_queue<Due> due;
   std::vector<AsyncArrival> pending_arrivals;
   std::vector<RemoteAct> touched_by;  // by thread of the cluster; empty until the first
@@ -370,14 +289,6 @@ class Within {
   Cta* before_;
 };
 
-inline void Clock::merge(Clock const& other) {
-  std::size_t const entries = static_cast<std::size_t>(cluster.size() * kCtaEntries);
-  for (std::size_t i = 0; i < entries; ++i) { at[i] = other.at[i] > at[i] ? other.at[i] : at[i]; }
-  merge_into(copies, other.copies);
-  merge_into(stores, other.stores);
-  merge_into(remote_acts, other.remote_acts);
-}
-
 // ---- scheduler.cpp -----------------------------------------------------------------------------------------------------------------
 
 class Random {
@@ -403,15 +314,42 @@ std::uint64_t landing_step();    // when a copy issued now is due
 // Each lane of a warp hands in a record; the last to come acts on all of them before any goes on.
 void meet(void* record, void (*act)(std::array<void*, kWarp> const& records), Site site);
 
+// Others may now learn what this thread knows: its later plain loads and stores are not part of that.
+inline void begin_epoch() { self->clock.plain[static_cast<std::size_t>(self->cluster_index)] = ++self->epoch; }
+
+inline void release_into(Clock& clock) {
+  clock.merge(self->clock);
+  begin_epoch();
+}
+
+// ---- plain.cpp ---------------------------------------------------------------------------------------------------------------------
+
+// Faults unless the plain stores to a granule (where the act `overwrites` it, the plain loads too) are over as far as `known` tells. An
+// act that overwrites makes them forgotten.
+void check_plain(Clock const& known, char const* act, std::uint32_t granule, bool overwrites, Site site);
+
+// What a fault that has no Site was called from: a plain load or store. 0 where there is none.
+std::uintptr_t plain_access_pc();
+
+// Asynchronous readers shall not see the granule before a fence_async_proxy.
+void mark_unpublished(std::uint32_t granule);
+
 // ---- granules.cpp ------------------------------------------------------------------------------------------------------------------
 
 Access& access_to(std::uint32_t granule);
+bool knows(std::vector<std::uint32_t> const& clock, int thread, std::uint32_t seq);  // of that thread's acts
 
 // Faults unless what wrote the 16 bytes at `offset` asynchronously or for a whole warp is over as far as `known` tells.
+void check_copied(Clock const& known, char const* act, std::uint32_t offset, Site site);
+
+// The same, and plain stores.
 void check_landed(Clock const& known, char const* act, std::uint32_t offset, Site site);
 
 // Faults on 16 bytes that hold what shared memory starts with.
 void check_written(char const* act, std::uint32_t offset, Site site);
+
+// Faults unless everything asynchronous that still needs the granule's old bytes is over as far as `known` tells. what: of the report.
+void check_unused(Clock const& known, char const* act, std::uint32_t granule, std::string const& what, Site site);
 
 // Faults unless everything that still needs the old bytes of [offset, offset + bytes) is over as far as `known` tells, and forgets it.
 void check_overwrite(Clock const& known, char const* act, std::uint32_t offset, std::uint32_t bytes, Site site);
@@ -426,7 +364,6 @@ void land_async_arrival(AsyncArrival const& arrival);
 void land_store(Thread& thread, std::uint32_t seq);
 void check_async_at_end();  // of a thread
 void land_stores_at_end();  // of the CTA
-bool knows(std::vector<std::uint32_t> const& clock, int thread, std::uint32_t seq);  // of that thread's acts
 
 // ---- clusters.cpp ------------------------------------------------------------------------------------------------------------------
 

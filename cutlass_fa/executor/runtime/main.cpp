@@ -30,7 +30,6 @@ namespace {
 constexpr std::uint64_t kMagic = 0x3154534552414643ull;  // "CFAREST1"
 constexpr std::size_t kPage = 65536;                     // a multiple of every page size in use
 constexpr unsigned char kGuard = 0xA5;
-constexpr unsigned char kPoison = 0xFF;
 constexpr int kCrashStatus = 71;
 constexpr int kBadRequestStatus = 72;
 
@@ -157,6 +156,8 @@ void reset_thread(Thread& thread, int index) {
   thread.finished = false;
   thread.wait = {};
   thread.clock = {};
+  thread.epoch = 1;
+  Clock::set(thread.clock.plain, thread.cluster_index, thread.epoch);
   thread.register_moves = 0;
   thread.needs_fence = true;
   thread.issued = thread.waited = 0;
@@ -192,6 +193,8 @@ void reset_cta(int index, Request const& request) {
   cta->published.assign(cta->shared, cta->shared + cta->shared_bytes);
   cta->granule.assign(cta->shared_bytes / kGranule, Granule{});
   cta->access.clear();
+  cta->plain.clear();
+  cta->unpublished.clear();
   cta->due = {};
   reset_registers();
 }
@@ -201,6 +204,7 @@ void make_cluster(Request const& request) {
     refuse("clusters of 1 or 2 CTAs are built (kMaxClusterCtas); the kernel's __cluster_dims__ says otherwise");
   }
   if (request.grid % static_cast<std::uint32_t>(cutlass_fa_cluster_ctas) != 0) { refuse("the grid is not a multiple of the cluster"); }
+  clock_entries = static_cast<std::size_t>(cutlass_fa_cluster_ctas * kCtaEntries);
   for (int rank = 0; rank < cutlass_fa_cluster_ctas; ++rank) {
     cluster.cta.push_back(std::make_unique<Cta>());
     map_shared(*cluster.cta.back(), request.shared_bytes);
@@ -263,12 +267,6 @@ void* dynamic_shared_memory(std::size_t bytes_needed, Site site) {
 
 std::uint32_t shared_address(void const* pointer) {
   return kSharedBase + static_cast<std::uint32_t>(static_cast<char const*>(pointer) - cta->shared);
-}
-
-// A thread's fence publishes its own writes; whose they are is not known here, so it publishes all that there are.
-void fence_async_proxy(Site site) {
-  std::memcpy(cta->published.data(), cta->shared, cta->shared_bytes);
-  let_others_run(site);
 }
 
 void check_atomic(void const* address, std::size_t bytes, Site site) {

@@ -84,9 +84,9 @@ class Reader {
   void check(std::uint32_t offset, std::array<unsigned char, kGranule> const& bytes, char const* operand) {
     Granule& granule = cta->granule[offset / kGranule];
     granule.read_by[warpgroup_] = seq_;
-    if (!cta->access.empty() && (cta->access[offset / kGranule].copy | cta->access[offset / kGranule].write) != 0) {
-      op_.granules.push_back(offset);
-    }
+    bool const is_copied = !cta->access.empty() && (cta->access[offset / kGranule].copy | cta->access[offset / kGranule].write) != 0;
+    bool const is_plain = !cta->plain.empty() && cta->plain[offset / kGranule] != nullptr;
+    if (is_copied || is_plain) { op_.granules.push_back(offset); }
     if (std::memcmp(bytes.data(), cta->published.data() + offset, kGranule) != 0) {
       fault(op_.site, "wgmma reads operand %s at %s, written by plain stores that no fence_async_proxy has followed", operand,
             region(offset, kGranule).c_str());
@@ -94,7 +94,7 @@ class Reader {
     if (granule.copy == 0) {
       // Rows of A may not exist (a tile that is not full): they are NaN and stay in their own rows of D. Every row of B reaches all of D.
       bool poison = *operand == 'B';
-      for (unsigned char const byte : bytes) { poison = poison && byte == 0xFF; }
+      for (unsigned char const byte : bytes) { poison = poison && byte == kPoison; }
       if (poison) { fault(op_.site, "wgmma reads operand %s at %s, which nobody wrote", operand, region(offset, kGranule).c_str()); }
       return;
     }

@@ -13,6 +13,7 @@ CutlassFaIndex threadIdx, blockIdx, gridDim, blockDim;
 
 namespace cutlass_fa::executor {
 
+std::size_t clock_entries = 0;
 Cluster cluster;
 Cta* cta = nullptr;
 Thread* self = nullptr;
@@ -36,8 +37,8 @@ Policy policy;
 std::uint64_t step = 0;
 void (*entry)() = nullptr;
 
-// Every other time whole warpgroups rank behind each other, so that a producer or a consumer is left behind as one; and of a cluster's CTAs,
-// every other time, whole CTAs.
+// Every other time whole warpgroups rank behind each other, so that a producer or a consumer is left behind as one; and every other time
+// whole CTAs of a cluster.
 void change_priorities() {
   for (auto const& each : cluster.cta) {
     bool const by_warpgroup = hostility.below(2) == 0;

@@ -69,6 +69,7 @@ Clock common_clock() {
     for (std::size_t i = 0; i < common.at.size(); ++i) { common.at[i] = std::min(common.at[i], other.at[i]); }
     keep_least(common.copies, other.copies);
     keep_least(common.stores, other.stores);
+    keep_least(common.plain, other.plain);
   }
   return common;
 }
@@ -117,6 +118,7 @@ void transfer_all(std::array<void*, kWarp> const& records) {
     access.writer = warp;
     access.write = access_number;
     access.site = one.site;
+    mark_unpublished(offset[lane] / kGranule);
   }
 }
 

@@ -66,7 +66,7 @@ WarpAct& come(Exchange kind, Site site) {
   if (act.count == 0) {
     act.kind = kind;
     act.site = site;
-    act.clock = Clock{};
+    act.clock.clear();
   }
   if (act.kind != kind || act.site.line != site.line) {
     fault(site, "lanes of one warp meet in different acts, the other%s", place(act.site).c_str());
@@ -98,7 +98,7 @@ std::uint32_t exchange(Exchange kind, std::uint32_t value, int operand, Site sit
   int const lane = self->index % kWarp;
   act.value[lane] = value;
   act.operand[lane] = operand;
-  if (kind == Exchange::kSync) { act.clock.merge(self->clock); }
+  if (kind == Exchange::kSync) { release_into(act.clock); }
   if (++act.count < kWarp) {
     block(WaitKind::kWarp, 0, 0, site);
     return self->shuffled;

@@ -10,7 +10,7 @@
 namespace cutlass_fa::executor {
 namespace {
 
-constexpr std::uint32_t kPoison = 0x7FA5DEAD;  // a signalling NaN that no arithmetic produces
+constexpr std::uint32_t kAccumulatorPoison = 0x7FA5DEAD;  // a signalling NaN that no arithmetic produces
 
 // Register i of a thread's accumulators: PTX ISA, "Register fragments for wgmma.mma_async", matrix D.
 int row_of(int thread, int i) { return thread / kWarp * 16 + thread % kWarp / 4 + (i >> 1 & 1) * 8; }
@@ -20,7 +20,7 @@ bool is_poison(float const* d, int count) {
   for (int i = 0; i < count; ++i) {
     std::uint32_t bits;
     std::memcpy(&bits, d + i, sizeof bits);
-    if (bits != kPoison) { return false; }
+    if (bits != kAccumulatorPoison) { return false; }
   }
   return true;
 }
@@ -111,7 +111,7 @@ void take_accumulators(WgmmaOp& op, WgmmaCall const& call, std::uint32_t seq, Si
     for (int i = 0; call.accumulate && i < count; ++i) {
       op.tile->values[row_of(thread, i) * call.columns + column_of(thread, i)] = call.d[i];
     }
-    for (int i = 0; i < count; ++i) { std::memcpy(call.d + i, &kPoison, sizeof kPoison); }
+    for (int i = 0; i < count; ++i) { std::memcpy(call.d + i, &kAccumulatorPoison, sizeof kAccumulatorPoison); }
     self->accumulators.push_back({call.d, count, seq, op.tile});
     found = self->accumulators.end() - 1;
   }
