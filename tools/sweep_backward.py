@@ -138,7 +138,9 @@ def sweep(head_dim: int, causal: bool, arguments: argparse.Namespace, pool: Proc
         if name in by_label:
             cell, cubin = by_label[name]
             share = " ".join(f"{useful_share(cell, seqlen):.3f}" for seqlen in arguments.seqlens)
-            line += f"   {registers(cell)} {cubin.registers} {cubin.spill_bytes} {cell.smem_bytes // 1024} {shared_traffic(cell):.0f} {share}"
+            line += (
+                f"   {registers(cell)} {cubin.registers} {cubin.spill_bytes} {cell.smem_bytes // 1024} {shared_traffic(cell):.0f} {share}"
+            )
             line += "  <- table" * (cell.tile == in_table)
         print(line, flush=True)
 
