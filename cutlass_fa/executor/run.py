@@ -97,9 +97,10 @@ def _run_backward_key(key: DispatchKey, stream: TextIO, shape: RunShape, seed: i
     print(f"{key}: {Cell.of(key).summary}\nq {q.shape}, k and v {k.shape}, seed {seed}", file=stream)
     start = time.perf_counter()
     arrays = (dout, q, k, v, out.astype(q.dtype), lse.astype(np.float32))
-    parts = {"num_splits": 2 if key.split else 1, "num_copies": 2 if key.deterministic else 1}
+    more: dict[str, Any] = {"softcap": softcap, "dropout_p": dropout_p, "random_state": (seed, 0)}
+    more |= {"num_splits": 2 if key.split else 1, "num_copies": 2 if key.deterministic else 1}
     try:
-        result = run_backward(key, *arrays, seed=seed, softcap=softcap, dropout_p=dropout_p, random_state=(seed, 0), **parts)
+        result = run_backward(key, *arrays, seed=seed, **more)
     except ExecutorFault as fault:
         print(fault.report, file=stream)
         return False
