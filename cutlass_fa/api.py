@@ -109,7 +109,8 @@ def _plan(library: ArrayLibrary, arrays: tuple[Any, ...], options: _Options) -> 
     plan = _plans.get(kind)
     if plan is None:
         check_one_library(("q", "k", "v", "out")[: len(arrays)], arrays)
-        plan = _make_plan(library, *arrays, *(None,) * (4 - len(arrays)), options)
+        q, k, v = arrays[:3]
+        plan = _make_plan(library, q, k, v, arrays[3] if len(arrays) == 4 else None, options)
         if len(_plans) >= _MAX_PLANS:
             _plans.clear()
         _plans[kind] = plan

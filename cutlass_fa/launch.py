@@ -29,9 +29,9 @@ class ForwardPlan(Protocol):
     problem: Problem
     kernel: Kernel
 
-    def run(self, qkv: tuple[int, int, int], out: int, lse: int, stream: int, random_state: tuple[int, int] = (0, 0)) -> None:
-        """Launch on the device addresses of q, k, v, out and lse (0: not written) and a CUstream. Asynchronous; may be captured in a
-        CUDA graph. random_state: seed and offset of dropout, each a 64-bit number; without dropout not looked at.
+    def run(self, qkv: tuple[int, ...], out: int, lse: int, stream: int, random_state: tuple[int, int] = (0, 0)) -> None:
+        """Launch on the device addresses of q, k and v, of out, and of lse (0: not written), on a CUstream. Asynchronous; may be captured
+        in a CUDA graph. random_state: seed and offset of dropout, each a 64-bit number; without dropout not looked at.
 
         The caller's current device must be the plan's. Raises LaunchError or the driver's error."""
 

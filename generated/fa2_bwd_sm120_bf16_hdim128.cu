@@ -129,9 +129,9 @@ CUTLASS_FA_DEVICE int query_begin(Params const&, int) { return 0; }
 // index: (batch * num_heads_kv + kv_head) * num_n_blocks + n_block. Key blocks of one head follow each other, so that its Q and dO stay in
 // the L2 cache; those that most queries see come first.
 CUTLASS_FA_DEVICE Work work_of(Params const& params, unsigned keys) {
-  unsigned const batch_head = keys / params.num_n_blocks;
+  unsigned const batch_head = warp_uniform(keys / params.num_n_blocks);
   int const n_block = keys - batch_head * params.num_n_blocks;
-  int const batch = batch_head / params.num_heads_kv;
+  int const batch = warp_uniform(batch_head / params.num_heads_kv);
   int const kv_head = batch_head - batch * params.num_heads_kv;
   int const m_begin = min(query_begin(params, n_block * kTileN) / kTileM, params.num_m_blocks);
   int const head_in_group = 0, m_block = m_begin;
@@ -237,8 +237,9 @@ CUTLASS_FA_DEVICE bool is_masked(Params const& params, Work const& work, Block c
 
 // acc_s <- -inf where the query does not see the key.
 CUTLASS_FA_DEVICE void mask_scores(Worker const& self, Params const& params, Work const& work, Block const& block, float (&acc_s)[kWarpN / 16][kWarpM / 8][4]) {
-  int const first_key = work.n_block * kTileN + self.key + self.lane / 4;
-  int const first_query = block.m_block * kTileM + self.query + self.lane % 4 * 2;
+  int const lane = without_history(self.lane);  // the limits are cheaper to compute than to keep for the few blocks that need them
+  int const first_key = work.n_block * kTileN + self.key + lane / 4;
+  int const first_query = block.m_block * kTileM + self.query + lane % 4 * 2;
 #pragma unroll
   for (int i = 0; i < kWarpN / 16; ++i) {
 #pragma unroll

@@ -135,9 +135,9 @@ CUTLASS_FA_DEVICE int query_begin(Params const&, int) { return 0; }
 // index: (batch * num_heads_kv + kv_head) * num_n_blocks + n_block. Key blocks of one head follow each other, so that its Q and dO stay in
 // the L2 cache; those that most queries see come first.
 CUTLASS_FA_DEVICE Work work_of(Params const& params, unsigned keys) {
-  unsigned const batch_head = keys / params.num_n_blocks;
+  unsigned const batch_head = warp_uniform(keys / params.num_n_blocks);
   int const n_block = keys - batch_head * params.num_n_blocks;
-  int const batch = batch_head / params.num_heads_kv;
+  int const batch = warp_uniform(batch_head / params.num_heads_kv);
   int const kv_head = batch_head - batch * params.num_heads_kv;
   int const m_begin = min(query_begin(params, n_block * kTileN) / kTileM, params.num_m_blocks);
   int const head_in_group = 0, m_block = m_begin;
@@ -248,6 +248,26 @@ CUTLASS_FA_DEVICE bool is_kept(Params const& params, PhiloxNumbers const& number
   return (numbers.word[2 * half + upper] >> 16 * odd & 0xffffu) < params.keep_threshold;
 }
 
+// The numbers of a thread of the transposed product, whose lanes hold columns (g, g + 8) of rows 2t, 2t + 1, 2t + 8, 2t + 9: of rows `row`
+// and the next, in the low halves. Lanes of neighbouring columns make one row's numbers each and trade. row: even; column: the thread's.
+CUTLASS_FA_DEVICE void dropout_numbers_transposed(Params const& params, int batch_head, int row, int column, PhiloxNumbers (&numbers)[2]) {
+  int const odd = column % 2;
+  PhiloxNumbers const own = dropout_numbers(params, batch_head, row + odd, column);
+  uint32_t mine[4], theirs[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    mine[i] = odd ? own.word[i] >> 16 : own.word[i] & 0xffffu;
+    theirs[i] = odd ? own.word[i] & 0xffffu : own.word[i] >> 16;
+  }
+  uint32_t const low = shuffle_xor(theirs[0] | theirs[1] << 16, 4), high = shuffle_xor(theirs[2] | theirs[3] << 16, 4);
+  uint32_t const received[4] = {low & 0xffffu, low >> 16, high & 0xffffu, high >> 16};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    numbers[0].word[i] = odd ? received[i] : mine[i];
+    numbers[1].word[i] = odd ? mine[i] : received[i];
+  }
+}
+
 // ---- scores ---------------------------------------------------------------------------------------------------------------------------
 
 // Whether some score of the block must not count.
@@ -258,8 +278,9 @@ CUTLASS_FA_DEVICE bool is_masked(Params const& params, Work const& work, Block c
 
 // acc_s <- -inf where the query does not see the key.
 CUTLASS_FA_DEVICE void mask_scores(Worker const& self, Params const& params, Work const& work, Block const& block, float (&acc_s)[kWarpN / 16][kWarpM / 8][4]) {
-  int const first_key = work.n_block * kTileN + self.key + self.lane / 4;
-  int const first_query = block.m_block * kTileM + self.query + self.lane % 4 * 2;
+  int const lane = without_history(self.lane);  // the limits are cheaper to compute than to keep for the few blocks that need them
+  int const first_key = work.n_block * kTileN + self.key + lane / 4;
+  int const first_query = block.m_block * kTileM + self.query + lane % 4 * 2;
 #pragma unroll
   for (int i = 0; i < kWarpN / 16; ++i) {
 #pragma unroll
@@ -284,8 +305,8 @@ CUTLASS_FA_DEVICE void scores_to_p(Worker const& self, SharedStorage& shared, in
     float2 const row_lse[2] = {*reinterpret_cast<float2 const*>(lse + 16 * step), *reinterpret_cast<float2 const*>(lse + 16 * step + 8)};
 #pragma unroll
     for (int i = 0; i < kWarpN / 16; ++i) {
-      PhiloxNumbers const numbers[2] = {dropout_numbers(params, batch_head, query + 16 * step, key + 16 * i),
-                                        dropout_numbers(params, batch_head, query + 16 * step + 1, key + 16 * i)};
+      PhiloxNumbers numbers[2];  // of the thread's even and odd queries
+      dropout_numbers_transposed(params, batch_head, query + 16 * step, key + 16 * i, numbers);
       uint32_t to_other[4];
 #pragma unroll
       for (int word = 0; word < 4; ++word) {  // key 8 (word % 2), queries 8 (word / 2) and the next of the 16 x 16
@@ -293,7 +314,7 @@ CUTLASS_FA_DEVICE void scores_to_p(Worker const& self, SharedStorage& shared, in
         float const p0 = exp2_approx(s[0] * params.softmax_scale_log2 - row_lse[word / 2].x);
         float const p1 = exp2_approx(s[1] * params.softmax_scale_log2 - row_lse[word / 2].y);
         float x0 = p0, x1 = p1;
-        bool const kept0 = is_kept(params, numbers[0], word / 2, word % 2, key % 2), kept1 = is_kept(params, numbers[1], word / 2, word % 2, key % 2);
+        bool const kept0 = is_kept(params, numbers[0], word / 2, word % 2, 0), kept1 = is_kept(params, numbers[1], word / 2, word % 2, 0);
         p[step][i][word] = pack2<Element>(kept0 ? p0 : 0.0f, kept1 ? p1 : 0.0f);
         to_other[word] = pack2<Element>(kept0 ? x0 : -x0, kept1 ? x1 : -x1);  // the sign says what was dropped
       }

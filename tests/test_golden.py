@@ -28,10 +28,13 @@ from tools import flatten, regenerate_kernels
 GOLDEN = list(DISPATCH_TABLE)
 MAX_COMPILE_SECONDS = 3.0
 MAX_STORED_BYTES = 64 * 1024
-MAX_LINES = 465
+MAX_LINES = 485
 
 # Spills that the tables accept: bytes a thread, stores plus loads, and why.
-ACCEPTED_SPILLS: dict[str, tuple[int, str]] = {}
+ACCEPTED_SPILLS: dict[str, tuple[int, str]] = {
+    "fa2_bwd_sm80_bf16_hdim128_dropout": (112, "loop invariants, read once a block of 64 x 128 scores: dV or dK take 128 registers"),
+    "fa2_bwd_sm90a_bf16_hdim256_softcap": (64, "loop invariants, read once a block of 64 x 64 scores: dV or dK take 128 registers"),
+}
 
 
 # ---- generated/ ----------------------------------------------------------------------------------------------------------------------
@@ -176,7 +179,8 @@ def fa2_bwd_instructions(cell: Cell) -> tuple[Counter[str], Counter[str]]:
     block = cell.tile_m * cell.tile_n * cell.head_dim // (16 * 8 * 16)  # of each of the five products, in mma
     of_warp = 4 * block // 4 + (2 + cell.has_late_dq) * block // 8
     atomics = cell.tile_m * cell.head_dim // 256 // (4 if cell.vector_atomics == "true" else 1)
-    return Counter({kind: of_warp}), Counter({"LDSM": of_warp // 8, "MUFU": cell.tile_m * cell.tile_n // 128, "RED": 2 * atomics})
+    adds = "REDG" if cell.arch in ("sm_90a", "sm_100", "sm_120") else "RED"
+    return Counter({kind: of_warp}), Counter({"LDSM": of_warp // 8, "MUFU": cell.tile_m * cell.tile_n // 128, adds: 2 * atomics})
 
 
 def fa2_bwd_pass_instructions(cell: Cell) -> tuple[Counter[str], Counter[str]]:

@@ -31,7 +31,7 @@ class Fa2FwdPlan:
         self._has_dropout = cell.has_dropout
         self._lock = threading.Lock()
 
-    def run(self, qkv: tuple[int, int, int], out: int, lse: int, stream: int, random_state: tuple[int, int] = (0, 0)) -> None:
+    def run(self, qkv: tuple[int, ...], out: int, lse: int, stream: int, random_state: tuple[int, int] = (0, 0)) -> None:
         """See ForwardPlan."""
         words = self._words
         with self._lock:

@@ -34,7 +34,7 @@ class Fa3FwdPlan:
         self._counters = tile_counters(device) if cell.has_dynamic_scheduler else None
         self._lock = threading.Lock()
 
-    def run(self, qkv: tuple[int, int, int], out: int, lse: int, stream: int, random_state: tuple[int, int] = (0, 0)) -> None:
+    def run(self, qkv: tuple[int, ...], out: int, lse: int, stream: int, random_state: tuple[int, int] = (0, 0)) -> None:
         """See ForwardPlan. The kernel has no dropout."""
         arguments, pointers = self._arguments, self._pointers
         with self._lock:
