@@ -154,7 +154,11 @@ def test_run_key_runs_the_whole_call() -> None:
 ACTS = (  # an act of the main kernel, what stands in its place, and what the report must say
     ("cp_async_wait<0>();\n    group_sync(self);", "group_sync(self);", r"not know to have landed|written by a cp_async"),
     ("named_barrier_sync(kDoutReady + step % 2, kThreads);", "", r"not know to have landed|nobody wrote|twice before it has opened"),
-    ("named_barrier_sync(kPReady + step % 2, kThreads);", "", r"not know to have landed|nobody wrote|max error|finite|twice before it has opened"),
+    (
+        "named_barrier_sync(kPReady + step % 2, kThreads);",
+        "",
+        r"not know to have landed|nobody wrote|max error|finite|twice before it has opened",
+    ),
     ("named_barrier_sync(kDsReady + (step - 1) % 2, kThreads);", "", r"nobody wrote|max error|finite|twice before it has opened"),
     ("group_sync(self);  // the group's other warps have written their dS", "", r"nobody wrote|max error|finite"),
     ("if (is_masked(params, work, block)) { mask_scores(self, params, work, block, acc_s); }", "", r"max error|finite"),
