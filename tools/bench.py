@@ -38,7 +38,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 TOKENS = 16384  # batch * seqlen
 WIDTH = 2048  # heads * head_dim
 WARM_UP_S = 1.0
-LEAD_MS = 40.0  # longer than the window over which a GPU averages its power
+LEAD_MS = 100.0  # much longer than the window over which a GPU averages its power
 BACKWARD_FLOPS = 2.5  # times the forward's: five products for its two
 # Between two implementations on standard normal inputs: some roundings of a 16-bit result, no more. Gradients reach larger numbers.
 DISAGREEMENT = {"fwd": 0.05, "bwd": 0.2}
@@ -289,7 +289,7 @@ def run_parser() -> argparse.ArgumentParser:
     parser.add_argument("--peers", nargs="*", choices=["fa2", "cudnn", "fa3"], help="only these (default: all there are; none: --peers)")
     parser.add_argument("--fa3-library", type=Path, metavar="PATH", help="shared library that registers torch.ops.flash_attn_3")
     parser.add_argument("--fa3-version", metavar="TEXT", help="what to call it in the results (default: the file's name)")
-    parser.add_argument("--rounds", type=int, default=4, metavar="N", help="turns of each peer at a point (default: 4)")
+    parser.add_argument("--rounds", type=int, default=6, metavar="N", help="turns of each peer at a point (default: 6)")
     parser.add_argument("--calls", type=int, default=10, metavar="N", help="timed calls in a turn (default: 10)")
     parser.add_argument("--host", action="store_true", help="also the host time of a small cached call")
     parser.add_argument("--ceilings", action="store_true", help="also a copy and a matrix product")
