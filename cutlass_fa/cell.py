@@ -109,6 +109,20 @@ class Cell(ABC):
         return self.key.causal
 
     @property
+    def has_window(self) -> bool:
+        return self.key.sliding_window
+
+    @property
+    def has_whole_range(self) -> bool:
+        """Whether a tile's key blocks are all those from the first on."""
+        return not self.has_window
+
+    @property
+    def key_block(self) -> str:
+        """The key block that the index of a template's loop, n_block, stands for: of a window, an entry of a list."""
+        return "blocks.at(n_block)" if self.has_window else "n_block"
+
+    @property
     def has_softcap(self) -> bool:
         return self.key.softcap
 

@@ -84,6 +84,11 @@ class DispatchKey:
         if self.head_dim < 1 or self.gqa_ratio < 1:
             raise UnknownKey(f"head_dim {self.head_dim} and gqa_ratio {self.gqa_ratio} must be positive")
 
+    @property
+    def features(self) -> frozenset[str]:
+        """The presence flags that are set."""
+        return frozenset(field for field, _ in FLAG_WORDS if getattr(self, field))
+
     def __str__(self) -> str:
         """E.g. "fa3_fwd_sm90a_bf16_hdim128_causal"; every part that is at its default is left out."""
         words = [self.family, self.direction, self.arch.replace("_", ""), self.dtype]
@@ -179,8 +184,8 @@ class DispatchTable:
 
 # What has a template: (family, direction) -> the presence flags that it knows.
 BUILT_FLAGS: dict[tuple[str, str], tuple[str, ...]] = {
-    ("fa2", "fwd"): ("causal", "softcap", "dropout"),
-    ("fa3", "fwd"): ("causal", "softcap"),
+    ("fa2", "fwd"): ("causal", "sliding_window", "softcap", "dropout"),
+    ("fa3", "fwd"): ("causal", "sliding_window", "softcap"),
     ("fa2", "bwd"): ("causal", "softcap", "dropout", "deterministic", "split"),
     ("fa2", "bwd_preprocess"): (),
     ("fa2", "bwd_convert"): ("split",),
@@ -257,11 +262,15 @@ DISPATCH_TABLE = DispatchTable(
         _fa3_fwd("bf16", 192),
         _fa3_fwd("bf16", 256),
         _fa3_fwd("bf16", 256, causal=True),
+        _fa3_fwd("bf16", 128, causal=True, sliding_window=True),
+        _fa3_fwd("bf16", 64, sliding_window=True),
         _fa2_fwd("sm_80", "bf16", 128),
         _fa2_fwd("sm_80", "bf16", 128, causal=True),
         _fa2_fwd("sm_80", "f16", 128, causal=True),
         _fa2_fwd("sm_80", "bf16", 128, softcap=True),
         _fa2_fwd("sm_80", "bf16", 128, causal=True, dropout=True),
+        _fa2_fwd("sm_80", "bf16", 128, causal=True, sliding_window=True),
+        _fa2_fwd("sm_80", "bf16", 64, sliding_window=True),
         _fa2_fwd("sm_80", "bf16", 64, causal=True),
         _fa2_fwd("sm_80", "bf16", 96),
         _fa2_fwd("sm_86", "bf16", 256, causal=True),

@@ -73,6 +73,15 @@ def softmax_scales(request: AttentionRequest) -> dict[str, float]:
     return {"softmax_scale_log2": request.scale * math.log2(math.e)}
 
 
+def window_values(request: AttentionRequest) -> dict[str, int]:
+    """A window's bounds, where it is unbounded the distance that no key exceeds, and no farther, so that positions stay 32-bit numbers."""
+    left, right = request.mask.window
+    return {
+        "window_left": request.seqlen_k if left == -1 else min(left, request.seqlen_k),
+        "window_right": request.seqlen_q if right == -1 else min(right, request.seqlen_q),
+    }
+
+
 def tile_count(num_m_blocks: int, heads: int, batch: int) -> int:
     """CTAs' pieces of work. Raises InvalidArgument where a 32-bit number does not count them."""
     num_tiles = num_m_blocks * heads * batch

@@ -67,6 +67,8 @@ _TILE_COUNTER = ParamField("tile_counter", "int*", "one number, 0 before and aft
 _HEADS_PER_KV_HEAD = ParamField("heads_per_kv_head", "int", "num_heads_q / num_heads_kv")
 _NUM_HEADS_KV = ParamField("num_heads_kv", "int", "key heads, the heads of the work list")
 _HEADS_PER_SECTION = ParamField("heads_per_section", "int", "(batch, head) pairs of the work list whose K and V share the L2 cache")
+_WINDOW_LEFT = ParamField("window_left", "int", "keys before a query's position that it sees")
+_WINDOW_RIGHT = ParamField("window_right", "int", "keys after a query's position that it sees")
 
 DROPOUT_STATE = (  # after the addresses: a run writes them too
     ParamField("dropout_seed", "uint64_t", "the random numbers' key"),
@@ -83,20 +85,32 @@ def strides(array: str) -> tuple[ParamField, ...]:
     return tuple(ParamField(f"{array}_stride_{axis}", "int64_t", "elements") for axis in ("batch", "row", "head"))
 
 
-def fa3_fwd_params(causal: bool, packed: bool, dynamic_scheduler: bool, softcap: bool = False) -> tuple[ParamField, ...]:
+def window_params(causal: bool) -> tuple[ParamField, ...]:
+    """A sliding window's fields; causality bounds the right side by itself."""
+    return (_WINDOW_LEFT,) if causal else (_WINDOW_LEFT, _WINDOW_RIGHT)
+
+
+def fa3_fwd_params(
+    causal: bool, packed: bool, dynamic_scheduler: bool, softcap: bool = False, window: bool = False
+) -> tuple[ParamField, ...]:
     """The fields of an fa3 forward cell, widest first so that no compiler pads between them."""
     heads = _NUM_HEADS_KV if packed else _HEADS_PER_KV_HEAD
     scale = CAPPED_SCALE if softcap else (SCALE,)
-    others = (*_FORWARD_SIZES, *scale, heads) + (_HEADS_PER_SECTION,) * causal
+    others = (*_FORWARD_SIZES, *scale, heads) + (_HEADS_PER_SECTION,) * causal + window_params(causal) * window
     return (*_OUTPUTS, *(_TILE_COUNTER,) * dynamic_scheduler, *strides("o"), *others)
 
 
-def fa2_fwd_params(causal: bool, softcap: bool, dropout: bool) -> tuple[ParamField, ...]:
+def fa2_fwd_params(causal: bool, softcap: bool, dropout: bool, window: bool = False) -> tuple[ParamField, ...]:
     """The fields of an fa2 forward cell: what a run writes, then the other wide ones, then the narrow ones."""
     wide = (*_INPUTS, *_OUTPUTS) + DROPOUT_STATE * dropout + (*strides("q"), *strides("k"), *strides("v"), *strides("o"))
     scale = CAPPED_SCALE if softcap else (SCALE,)
     sizes = tuple(field for field in _FORWARD_SIZES if field.name != "num_tiles")
-    return (*wide, *sizes, *scale, _HEADS_PER_KV_HEAD) + (_HEADS_PER_SECTION,) * causal + DROPOUT_RATE * dropout
+    return (
+        (*wide, *sizes, *scale, _HEADS_PER_KV_HEAD)
+        + (_HEADS_PER_SECTION,) * causal
+        + window_params(causal) * window
+        + DROPOUT_RATE * dropout
+    )
 
 
 def params_dtype(fields: tuple[ParamField, ...]) -> np.dtype:

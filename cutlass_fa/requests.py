@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from .arch.fa2_bwd import fa2_bwd_tile
 from .arch.limits import arch_problem, limits_of
-from .arch.sm90 import FA3_FWD_TILES
+from .arch.sm90 import fa3_fwd_tile_of
 from .dispatch import FAMILIES, FP8_DTYPES, MAX_GQA_RATIO, DispatchKey, cell_head_dim, family_of
 from .errors import (
     EmptyBatch,
@@ -228,7 +228,7 @@ class Fa3FwdRequest(AttentionRequest):
     def dispatch_key(self) -> DispatchKey:
         """The cell this request needs; whether it exists is DISPATCH_TABLE's to say."""
         key = self._key("fa3", "fwd")
-        tile_m = FA3_FWD_TILES[key.head_dim, key.causal].tile_m
+        tile_m = fa3_fwd_tile_of(key.head_dim, uneven=key.causal or key.sliding_window).tile_m
         return replace(key, gqa_ratio=packed_gqa_ratio(self.seqlen_q, self.num_heads_q // self.num_heads_kv, tile_m))
 
 

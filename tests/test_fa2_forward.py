@@ -98,8 +98,9 @@ def test_notes_say_what_was_chosen() -> None:
 @pytest.mark.parametrize("head_dim", CELL_HEAD_DIMS)
 @pytest.mark.parametrize("arch", ARCH_LIMITS)
 def test_every_cell_fits_its_architecture(arch: str, head_dim: int) -> None:
-    for causal, softcap, dropout in np.ndindex(2, 2, 2):
-        key = DispatchKey("fa2", "fwd", arch, "bf16", head_dim, causal=bool(causal), softcap=bool(softcap), dropout=bool(dropout))
+    flags = ("causal", "softcap", "dropout", "sliding_window")
+    for chosen in np.ndindex((2,) * len(flags)):
+        key = DispatchKey("fa2", "fwd", arch, "bf16", head_dim, **dict(zip(flags, map(bool, chosen), strict=True)))
         cell = Cell.of(key)
         assert isinstance(cell, Fa2FwdCell) and cell.misfits() == []
         together = cell.ctas_per_sm * (cell.smem_bytes + 1024)
@@ -122,8 +123,8 @@ def test_a_misfit_is_named() -> None:
             misfit.check_limits()
 
 
-@pytest.mark.parametrize("features", list(np.ndindex(2, 2, 2)), ids=str)
-def test_params_have_no_holes(features: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("features", list(np.ndindex(2, 2, 2, 2)), ids=str)
+def test_params_have_no_holes(features: tuple[int, ...]) -> None:
     fields = fa2_fwd_params(*map(bool, features))
     dtype = params_dtype(fields)
     offsets = [dtype.fields[field.name][1] for field in fields]

@@ -39,6 +39,7 @@ def test_executor_and_gpu_agree(key: DispatchKey, record_property: Callable[[str
     seqlen_q, seqlen_k = (61, 300) if key.gqa_ratio > 1 else (200, 300)
     heads = {"num_heads_q": 2 * key.gqa_ratio, "num_heads_kv": 2}
     softcap = 5.0 if key.softcap else 0.0
+    window = (90, 20) if key.sliding_window else (-1, -1)
     request = forward_request(
         key.family,
         None,
@@ -47,7 +48,7 @@ def test_executor_and_gpu_agree(key: DispatchKey, record_property: Callable[[str
         seqlen_k=seqlen_k,
         head_dim=key.head_dim,
         dtype=key.dtype,
-        mask=Window(-1, -1, key.causal),
+        mask=Window(*window, key.causal),
         softcap=softcap,
         dropout_p=0.0,
         arch=key.arch,
@@ -57,13 +58,14 @@ def test_executor_and_gpu_agree(key: DispatchKey, record_property: Callable[[str
     q, k, v = random_qkv(
         np, np.random.default_rng(), batch=2, seqlen_q=seqlen_q, seqlen_k=seqlen_k, head_dim=key.head_dim, dtype=DTYPES[key.dtype], **heads
     )
-    on_cpu = run_forward(Cell.of(key), q, k, v, seed=0, softcap=softcap)
+    on_cpu = run_forward(Cell.of(key), q, k, v, seed=0, softcap=softcap, window_size=window)
     # CuPy makes 16-bit brain floats from their bits
     arrays = [cupy.asarray(x.view(np.uint16)).view(x.dtype) for x in (q, k, v)]
-    out, lse = cutlass_fa.flash_attn_func(*arrays, causal=key.causal, softcap=softcap, family=key.family, return_lse=True)
+    options = {"causal": key.causal, "softcap": softcap, "window_size": window}
+    out, lse = cutlass_fa.flash_attn_func(*arrays, family=key.family, return_lse=True, **options)
     out, lse = out.view(np.uint16).get().view(q.dtype), lse.get()
-    check_forward(out, lse, q, k, v, case=f"{key} on the GPU", causal=key.causal, softcap=softcap)
-    check_forward(on_cpu.out, on_cpu.lse, q, k, v, case=f"{key} on the executor", causal=key.causal, softcap=softcap)
+    check_forward(out, lse, q, k, v, case=f"{key} on the GPU", **options)
+    check_forward(on_cpu.out, on_cpu.lse, q, k, v, case=f"{key} on the executor", **options)
     seen = np.isfinite(lse)
     assert (np.isfinite(on_cpu.lse) == seen).all()
     out_difference = float(np.abs(out.astype(np.float64) - on_cpu.out.astype(np.float64)).max())

@@ -52,7 +52,7 @@ def test_template_steps_through_k_as_layouts_says(key: DispatchKey) -> None:
 
 
 def test_tile_table_has_no_row_without_a_cell() -> None:
-    assert {(key.head_dim, key.causal) for key in FA3_FWD_KEYS} == set(FA3_FWD_TILES)
+    assert {(key.head_dim, key.causal or key.sliding_window) for key in FA3_FWD_KEYS} == set(FA3_FWD_TILES)
 
 
 def test_invalid_key_has_no_cell() -> None:
@@ -63,8 +63,9 @@ def test_invalid_key_has_no_cell() -> None:
 @pytest.mark.parametrize("dynamic_scheduler", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
-def test_params_have_no_holes(causal: bool, packed: bool, dynamic_scheduler: bool) -> None:
-    fields = fa3_fwd_params(causal, packed, dynamic_scheduler)
+@pytest.mark.parametrize("window", [False, True])
+def test_params_have_no_holes(window: bool, causal: bool, packed: bool, dynamic_scheduler: bool) -> None:
+    fields = fa3_fwd_params(causal, packed, dynamic_scheduler, window=window)
     dtype = params_dtype(fields)
     offsets = [dtype.fields[field.name][1] for field in fields]
     expected = np.cumsum([0, *(field.size_bytes for field in fields)])

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -221,12 +222,13 @@ class Case:
     persistent: int = 0  # CTAs; 0: the cell's own default
     strided: bool = False
     sharpness: int = 1  # q is so many times a standard normal: row maxima then move far from block to block
+    window: tuple[int, int] = (90, 20)  # of cells that have one
 
 
 def cases(cell: Cell) -> tuple[Case, ...]:
     """Few and small, and still: more key blocks than stages, several tiles of a CTA, empty rows, a last causal section that is short."""
     return (
-        Case(1, (250, 5 * cell.tile_n + 60), (2, 1), sharpness=8),
+        Case(1, (250, 5 * cell.tile_n + 60), (2, 1), sharpness=8, window=(3 * cell.tile_n, cell.tile_n)),
         Case(2, (420, 260), (4, 2), narrower=24, persistent=2, strided=True),
         Case(1, (200, 300), (3, 3), persistent=1),
         Case(2, (70, 40), (2, 1), persistent=1),  # tiles of a single key block each
@@ -271,8 +273,10 @@ def _run(cell: Cell, program: Program, case: Case, seed: int) -> str | None:
     persistent = PersistentMode(True, few) if few else None
     out_like = poisoned(np, (*q.shape[:3], q.shape[3] + 16), dtype)[..., : q.shape[3]] if case.strided else None
     try:
-        result = run_forward(cell, q, k, v, seed=seed, program=program, persistent=persistent, out_like=out_like, time_limit_s=TIME_LIMIT_S)
-        check_forward(result.out, result.lse, q, k, v, case=f"{case}, seed {seed}", causal=cell.is_causal)
+        options: dict[str, Any] = {"window_size": case.window} if cell.has_window else {}
+        limits: dict[str, Any] = {"seed": seed, "time_limit_s": TIME_LIMIT_S}
+        result = run_forward(cell, q, k, v, program=program, persistent=persistent, out_like=out_like, **limits, **options)
+        check_forward(result.out, result.lse, q, k, v, case=f"{case}, seed {seed}", causal=cell.is_causal, **options)
     except ExecutorFault as fault:
         return fault.report.split("\n")[0].partition(": ")[2]
     except AssertionError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass, replace
 
 from .limits import table_arch
@@ -24,23 +25,22 @@ class Fa2FwdTile:
     stages: int = 2
 
 
-def fa2_fwd_tile(arch: str, head_dim: int, *, causal: bool, softcap: bool, dropout: bool) -> Fa2FwdTile:
-    """The row of an architecture, or of the nearest older one that has a table."""
+def fa2_fwd_tile(arch: str, head_dim: int, *, causal: bool, features: Set[str] = frozenset()) -> Fa2FwdTile:
+    """The row of an architecture, or of the nearest older one that has a table. features: presence flags of dispatch.py."""
     table = _TABLES[table_arch(arch)]
-    if dropout and head_dim in table.dropout:
-        return table.dropout[head_dim]
-    if softcap and head_dim in table.softcap:
-        return table.softcap[head_dim]
+    for needed, rows in table.cramped:
+        if features >= set(needed.split()) and head_dim in rows:
+            return rows[head_dim]
     return table.tiles[head_dim, causal]
 
 
 @dataclass(frozen=True)
 class _Table:
-    """tiles: (head_dim, causal) -> tile. softcap, dropout: head_dim -> tile, where a feature's registers leave no room for that one."""
+    """tiles: (head_dim, causal) -> tile. cramped: features and their rows, head_dim -> tile, where the features' registers leave no room
+    for that one; the first that a cell has all of counts."""
 
     tiles: dict[tuple[int, bool], Fa2FwdTile]
-    softcap: dict[int, Fa2FwdTile]
-    dropout: dict[int, Fa2FwdTile]
+    cramped: tuple[tuple[str, dict[int, Fa2FwdTile]], ...]
 
 
 def _both(rows: dict[int, Fa2FwdTile]) -> dict[tuple[int, bool], Fa2FwdTile]:
@@ -62,16 +62,26 @@ _HOPPER = _Table(
             256: Fa2FwdTile(8, 16, 64, 1),
         }
     ),
-    softcap={80: Fa2FwdTile(4, 32, 32, 2), 96: Fa2FwdTile(4, 32, 32, 2), 128: Fa2FwdTile(4, 32, 48, 2)},
-    dropout={
-        64: Fa2FwdTile(4, 32, 64, 2),
-        80: Fa2FwdTile(4, 32, 32, 2),
-        96: Fa2FwdTile(4, 32, 32, 2),
-        128: Fa2FwdTile(8, 16, 64, 1),
-        256: Fa2FwdTile(8, 16, 32, 1),
-    },
+    cramped=(
+        ("dropout sliding_window", {64: Fa2FwdTile(4, 32, 32, 2)}),
+        (
+            "dropout",
+            {
+                64: Fa2FwdTile(4, 32, 64, 2),
+                80: Fa2FwdTile(4, 32, 32, 2),
+                96: Fa2FwdTile(4, 32, 32, 2),
+                128: Fa2FwdTile(8, 16, 64, 1),
+                256: Fa2FwdTile(8, 16, 32, 1),
+            },
+        ),
+        ("softcap", {80: Fa2FwdTile(4, 32, 32, 2), 96: Fa2FwdTile(4, 32, 32, 2), 128: Fa2FwdTile(4, 32, 48, 2)}),
+    ),
 )
-_BLACKWELL = replace(_HOPPER, tiles=_HOPPER.tiles | _both({128: Fa2FwdTile(4, 32, 48, 2)}))  # 64 keys spill where Hopper's do not
+_BLACKWELL = replace(  # tiles that spill where Hopper's do not
+    _HOPPER,
+    tiles=_HOPPER.tiles | _both({128: Fa2FwdTile(4, 32, 48, 2)}),
+    cramped=(*_HOPPER.cramped, ("sliding_window", {64: Fa2FwdTile(4, 32, 64, 2)})),
+)
 _AMPERE = _Table(
     tiles=_both(
         {
@@ -83,13 +93,18 @@ _AMPERE = _Table(
             256: Fa2FwdTile(8, 16, 32, 1),
         }
     ),
-    softcap={80: Fa2FwdTile(4, 32, 32, 2), 96: Fa2FwdTile(4, 32, 32, 2)},
-    dropout={
-        64: Fa2FwdTile(4, 32, 64, 2),
-        80: Fa2FwdTile(4, 32, 32, 2),
-        96: Fa2FwdTile(4, 32, 32, 2),
-        128: Fa2FwdTile(8, 16, 64, 1),
-    },
+    cramped=(
+        (
+            "dropout",
+            {
+                64: Fa2FwdTile(4, 32, 64, 2),
+                80: Fa2FwdTile(4, 32, 32, 2),
+                96: Fa2FwdTile(4, 32, 32, 2),
+                128: Fa2FwdTile(8, 16, 64, 1),
+            },
+        ),
+        ("softcap", {80: Fa2FwdTile(4, 32, 32, 2), 96: Fa2FwdTile(4, 32, 32, 2)}),
+    ),
 )
 _SMALL = _Table(  # 99 KiB of shared memory
     tiles=_both(
@@ -102,8 +117,7 @@ _SMALL = _Table(  # 99 KiB of shared memory
             256: Fa2FwdTile(4, 16, 32, 1),
         }
     ),
-    softcap={},
-    dropout={64: Fa2FwdTile(4, 32, 64, 2)},
+    cramped=(("dropout", {64: Fa2FwdTile(4, 32, 64, 2)}),),
 )
 _TABLES: dict[str, _Table] = {
     "sm_80": _AMPERE,

@@ -41,9 +41,10 @@ def fa3_fwd_tile(
     return Fa3FwdTile(tile_m, tile_n, producer, consumer, scheduler, 2, q_stages, swizzle_bytes, own_overlap)
 
 
-# (head_dim, causal) -> tile. Chosen on an H100 80GB HBM3 (driver 580.159, NVRTC 13.0, bf16, 16k tokens, seqlen 1k, 4k and 16k), by the
-# geometric mean of the three; benchmarks/experiments.json has the candidates. Consumers taking turns at the tensor cores won or drew for
-# every tile, so every cell does it.
+# (head_dim, uneven) -> tile. uneven: rows see different keys, under a causal mask, which was timed, or a window, which was not. Chosen
+# on an H100 80GB HBM3 (driver 580.159, NVRTC 13.0, bf16, 16k tokens, seqlen 1k, 4k and 16k), by the geometric mean of the three;
+# benchmarks/experiments.json has the candidates. Consumers taking turns at the tensor cores won or drew for every tile, so every cell does
+# it.
 FA3_FWD_TILES: dict[tuple[int, bool], Fa3FwdTile] = {
     (64, False): fa3_fwd_tile(192, 128, "dynamic", q_stages=2),
     (64, True): fa3_fwd_tile(192, 128, "dynamic", q_stages=2),
@@ -58,3 +59,8 @@ FA3_FWD_TILES: dict[tuple[int, bool], Fa3FwdTile] = {
     (256, False): fa3_fwd_tile(128, 64, "static", q_stages=1),
     (256, True): fa3_fwd_tile(128, 64, "dynamic", q_stages=1),
 }
+
+
+def fa3_fwd_tile_of(head_dim: int, *, uneven: bool) -> Fa3FwdTile:
+    """The row of a cell's head_dim. uneven: rows see different keys."""
+    return FA3_FWD_TILES[head_dim, uneven]

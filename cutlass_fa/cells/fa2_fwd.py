@@ -26,7 +26,7 @@ class Fa2FwdCell(Cell):
 
     @classmethod
     def for_key(cls, key: DispatchKey) -> Fa2FwdCell:
-        return cls(key, fa2_fwd_tile(key.arch, key.head_dim, causal=key.causal, softcap=key.softcap, dropout=key.dropout))
+        return cls(key, fa2_fwd_tile(key.arch, key.head_dim, causal=key.causal, features=key.features))
 
     def misfits(self) -> list[str]:
         tile, rows_per_pass = self.tile, self.threads * 16 // self.swizzle_bytes
@@ -126,4 +126,4 @@ class Fa2FwdCell(Cell):
 
     @property
     def params(self) -> tuple[ParamField, ...]:
-        return fa2_fwd_params(self.is_causal, self.has_softcap, self.has_dropout)
+        return fa2_fwd_params(self.is_causal, self.has_softcap, self.has_dropout, self.has_window)

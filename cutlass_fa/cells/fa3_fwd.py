@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ..arch.limits import REGISTERS_PER_SM
-from ..arch.sm90 import FA3_FWD_TILES, Fa3FwdTile
+from ..arch.sm90 import Fa3FwdTile, fa3_fwd_tile_of
 from ..cell import Cell, round_up
 from ..dispatch import DispatchKey
 from ..layouts import SwizzledTile
@@ -27,7 +27,7 @@ class Fa3FwdCell(Cell):
 
     @classmethod
     def for_key(cls, key: DispatchKey) -> Fa3FwdCell:
-        return cls(key, FA3_FWD_TILES[key.head_dim, key.causal])
+        return cls(key, fa3_fwd_tile_of(key.head_dim, uneven=key.causal or key.sliding_window))
 
     def misfits(self) -> list[str]:
         registers = WARPGROUP_THREADS * (self.tile.producer_registers + self.consumers * self.tile.consumer_registers)
@@ -167,12 +167,17 @@ class Fa3FwdCell(Cell):
         return self.tile.own_overlap
 
     @property
+    def has_masked_steps(self) -> bool:
+        """Whether blocks after the first may need a mask."""
+        return self.is_causal or self.has_window
+
+    @property
     def has_waiting_steps(self) -> bool:
         """Whether some blocks are taken with P V first: where there is no overlap, and the few masked ones, whose code is then smaller."""
-        return self.is_causal or not self.has_own_overlap
+        return self.has_masked_steps or not self.has_own_overlap
 
     # ---- Params ------------------------------------------------------------------------------------------------------------------
 
     @property
     def params(self) -> tuple[ParamField, ...]:
-        return fa3_fwd_params(self.is_causal, self.is_packed, self.has_dynamic_scheduler, self.has_softcap)
+        return fa3_fwd_params(self.is_causal, self.is_packed, self.has_dynamic_scheduler, self.has_softcap, self.has_window)

@@ -48,6 +48,7 @@ def run_forward(
     softcap: float = 0.0,
     dropout_p: float = 0.0,
     random_state: tuple[int, int] = (0, 0),
+    window_size: tuple[int, int] = (-1, -1),
     persistent: PersistentMode | None = None,
     out_like: np.ndarray | None = None,
     device: DeviceInfo = SMALL_DEVICE,
@@ -59,6 +60,7 @@ def run_forward(
     ml_dtypes); any strides that a call on the GPU accepts. head_dim at most the cell's.
     seed: the schedule. program: `cell` compiled already. softmax_scale: default 1 / sqrt(head_dim).
     softcap, dropout_p: positive where the cell has them, else 0. random_state: dropout's seed and offset.
+    window_size: (left, right), with a bounded side where the cell has a window.
     persistent: default Persistent(), as the launcher's, in the family that has it.
     out_like: an array whose shape and strides the output has; default contiguous.
 
@@ -67,7 +69,8 @@ def run_forward(
     """
     if program is None:
         program = ExecutorKernel.build(render(cell))
-    options = {"softmax_scale": softmax_scale, "softcap": softcap, "dropout_p": dropout_p, "persistent": persistent}
+    mask = Window(*window_size, causal=cell.key.causal)
+    options = {"mask": mask, "softmax_scale": softmax_scale, "softcap": softcap, "dropout_p": dropout_p, "persistent": persistent}
     problem = _problem(cell, q, k, v, out_like, options)
     memory = GlobalMemory()
     buffers = {name: memory.add(name, span(array)) for name, array in (("q", q), ("k", k), ("v", v))}
@@ -118,7 +121,6 @@ def _problem(cell: Cell, q: np.ndarray, k: np.ndarray, v: np.ndarray, out_like: 
         None if out_like is None else spec(out_like),
         arch=cell.arch,
         family=cell.key.family,
-        mask=Window(-1, -1, causal=cell.key.causal),
         **options,
     )
     key = replace(problem.request.dispatch_key(), head_dim=cell.key.head_dim, gqa_ratio=cell.key.gqa_ratio)

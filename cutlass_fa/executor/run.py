@@ -21,7 +21,7 @@ from .forward import run_forward
 
 _DTYPES = {"bf16": np.dtype(ml_dtypes.bfloat16), "f16": np.dtype(np.float16)}
 _LSE_TOLERANCE = 1e-2
-_SOFTCAP, _DROPOUT_P = 30.0, 0.17  # of cells that have them
+_SOFTCAP, _DROPOUT_P, _WINDOW = 30.0, 0.17, (50, 20)  # of cells that have them
 _BACKWARD_ULPS = 6  # of the largest gradient: P, dS, out and the result are rounded, and dS is a difference of rounded numbers
 _ULPS = 4  # of the largest output: P and out are rounded to the element type, each by half an ulp
 
@@ -58,15 +58,16 @@ def run_key(key: DispatchKey, stream: TextIO, *, shape: RunShape = RunShape(), s
     q, k, v, _ = _arrays(key, shape, seed)
     print(f"{key}: {cell.summary}", file=stream)
     print(f"compiled for this CPU in {built - start:.1f} s; q {q.shape}, k and v {k.shape}, seed {seed}", file=stream)
-    softcap, dropout_p = _SOFTCAP * cell.has_softcap, _DROPOUT_P * cell.has_dropout
+    dropout_p = _DROPOUT_P * cell.has_dropout
+    options: dict[str, Any] = {"softcap": _SOFTCAP * cell.has_softcap, "window_size": _WINDOW if cell.has_window else (-1, -1)}
     try:
-        result = run_forward(cell, q, k, v, seed=seed, program=program, softcap=softcap, dropout_p=dropout_p, random_state=(seed, 0))
+        result = run_forward(cell, q, k, v, seed=seed, program=program, dropout_p=dropout_p, random_state=(seed, 0), **options)
     except ExecutorFault as fault:
         print(fault.report, file=stream)
         return False
     print(f"ran in {time.perf_counter() - built:.2f} s", file=stream)
     mask = dropout_mask(seed, 0, dropout_p, shape.batch, shape.num_heads_q, shape.seqlen_q, shape.seqlen_k) if dropout_p else None
-    expected_out, expected_lse = attention_forward(q, k, v, causal=key.causal, softcap=softcap, dropout_mask=mask, dropout_p=dropout_p)
+    expected_out, expected_lse = attention_forward(q, k, v, causal=key.causal, dropout_mask=mask, dropout_p=dropout_p, **options)
     out_error = _max_error(result.out, expected_out)
     lse_error = _max_error(result.lse, expected_lse)
     allowed = _ULPS * float(ml_dtypes.finfo(dtype).eps) * float(np.abs(expected_out).max())

@@ -10,7 +10,7 @@ from ..cells.fa2_fwd import Fa2FwdCell
 from ..device import DeviceInfo, device_info
 from ..dropout import keep_scale, keep_threshold
 from ..kernels import Kernel
-from ..launch import KernelLaunch, heads_per_section, pack, softmax_scales, tile_count
+from ..launch import KernelLaunch, heads_per_section, pack, softmax_scales, tile_count, window_values
 from ..problem import Problem
 
 
@@ -53,6 +53,7 @@ def pack_params(problem: Problem, cell: Fa2FwdCell, device: DeviceInfo) -> np.nd
         {
             **strides,
             **softmax_scales(request),
+            **window_values(request),
             "dropout_seed": 0,
             "dropout_offset": 0,
             "batch": request.batch,

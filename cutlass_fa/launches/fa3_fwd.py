@@ -9,7 +9,7 @@ import numpy as np
 from ..cells.fa3_fwd import Fa3FwdCell
 from ..device import DeviceInfo, device_info
 from ..kernels import Kernel
-from ..launch import KernelLaunch, grid_size, heads_per_section, pack, softmax_scales, tile_count
+from ..launch import KernelLaunch, grid_size, heads_per_section, pack, softmax_scales, tile_count, window_values
 from ..problem import Problem
 from ..requests import Fa3FwdRequest, Persistent
 from ..tile_counters import tile_counters
@@ -77,6 +77,7 @@ def pack_params(problem: Problem, cell: Fa3FwdCell, device: DeviceInfo) -> np.nd
             "num_m_blocks": num_m_blocks,
             "num_tiles": tile_count(num_m_blocks, work_heads, request.batch),
             **softmax_scales(request),
+            **window_values(request),
             "heads_per_section": heads_per_section(problem.k, work_heads, device),
         },
     )

@@ -1,0 +1,124 @@
+"""Masks of the forward on a GPU, both families, by the test rule against an unmasked float64 computation with the mask applied."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cutlass_fa
+from cutlass_fa.device import device_info
+from tests.covering import covering
+from tests.numerics import SEQLEN_PAIRS, check_forward
+from tests.test_gpu_forward import Case
+
+pytestmark = pytest.mark.gpu
+
+FAMILIES = ("fa2", "fa3")
+# Distances of every size against the tiles': none, less than a block, some blocks, unbounded on one side or the other.
+WINDOWS = ((0, 0), (5, 70), (128, 0), (300, 33), (700, -1), (-1, 100), (1000, 1000))
+
+
+@dataclass(frozen=True)
+class Masks:
+    """What a call's mask is made of, beside causality."""
+
+    window: tuple[int, int] = (-1, -1)
+    softcap: float = 0.0
+
+    def __str__(self) -> str:
+        return f"window{self.window[0]}.{self.window[1]}-softcap{self.softcap:g}"
+
+    def arguments(self) -> dict[str, Any]:
+        """The call's, which are the reference's too."""
+        return {"window_size": self.window, "softcap": self.softcap}
+
+
+def check(case: Case, masks: Masks, family: str) -> tuple[Any, Any]:
+    if family == "fa3" and device_info(0).arch != "sm_90a":
+        pytest.skip("family fa3 needs sm_90a")
+    q, k, v = case.arrays()
+    options = {"causal": case.causal, **masks.arguments()}
+    out, lse = cutlass_fa.flash_attn_func(q, k, v, out=case.poisoned_out(q), return_lse=True, family=family, **options)
+    check_forward(out, lse, q, k, v, case=f"{family} {case} {masks}", **options)
+    return out, lse
+
+
+def covering_cases() -> list[Any]:
+    factors = {
+        "family": FAMILIES,
+        "dtype": ("f16", "bf16"),
+        "head_dim": (64, 80, 96, 128, 192, 256),
+        "causal": (False, True),
+        "heads": ("mha", "gqa4", "mqa"),
+        "seqlens": SEQLEN_PAIRS,
+        "window": ((-1, -1), *WINDOWS),
+        "softcap": (0.0, 20.0),
+        "order": ("bshd", "bhsd"),
+    }
+    cases = []
+    for chosen in covering(factors, 2):
+        family, masks = chosen.pop("family"), Masks(chosen.pop("window"), chosen.pop("softcap"))
+        case = Case(**chosen)
+        cases.append(pytest.param(case, masks, family, id=f"{family}-{case}-{masks}"))
+    return cases
+
+
+@pytest.mark.parametrize(("case", "masks", "family"), covering_cases())
+def test_forward(case: Case, masks: Masks, family: str) -> None:
+    check(case, masks, family)
+
+
+@pytest.mark.parametrize("seqlens", SEQLEN_PAIRS, ids=lambda p: f"{p[0]}x{p[1]}")
+@pytest.mark.parametrize("window", WINDOWS, ids=lambda w: f"{w[0]}.{w[1]}")
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_window_with_every_pair_of_lengths(family: str, causal: bool, window: tuple[int, int], seqlens: tuple[int, int]) -> None:
+    check(Case("bf16", 128, causal, "gqa4", seqlens), Masks(window), family)
+
+
+@pytest.mark.parametrize("seqlens", [(1, 300), (5, 513), (63, 200), (130, 400)], ids=lambda p: f"{p[0]}x{p[1]}")
+@pytest.mark.parametrize("heads", ["gqa4", "gqa5", "gqa64"])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_windows_of_packed_heads(causal: bool, heads: str, seqlens: tuple[int, int]) -> None:
+    for window in WINDOWS[:4]:
+        check(Case("bf16", 128, causal, heads, seqlens), Masks(window), "fa3")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_whose_window_holds_no_key(family: str) -> None:
+    """More queries than keys: the first rows stand before the first key, and some of their windows do not reach it."""
+    out, lse = check(Case("bf16", 128, False, seqlens=(300, 40)), Masks((7, 100)), family)
+    assert not out[:, :160].any() and np.isneginf(lse[:, :, :160].get()).all()
+    assert np.isfinite(lse[:, :, 160:].get()).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keys_outside_the_window_are_never_loaded(family: str) -> None:
+    """k and v hold NaN outside every window of the queries: a block that was loaded and masked would make NaN of its probabilities' 0."""
+    case = Case("bf16", 64, True, seqlens=(100, 2000))
+    q, k, v = case.arrays()
+    options = {"causal": True, "window_size": (200, 0)}
+    out, lse = cutlass_fa.flash_attn_func(q, k, v, return_lse=True, family=family, **options)
+    first = (2000 - 100 - 200) // 192 * 192  # no tile has more keys in a block
+    k[:, :first], v[:, :first] = np.nan, np.nan
+    again, again_lse = cutlass_fa.flash_attn_func(q, k, v, return_lse=True, family=family, **options)
+    assert (out.view(np.uint16) == again.view(np.uint16)).all() and (lse == again_lse).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_thousand_runs_are_bitwise_equal(family: str) -> None:
+    import cupy
+
+    case, masks = Case("bf16", 128, True, "gqa4", (640, 1000)), Masks((260, 0))
+    check(case, masks, family)
+    q, k, v = case.arrays(seed=1)
+    options = {"causal": True, "family": family, "return_lse": True, **masks.arguments()}
+    first, first_lse = cutlass_fa.flash_attn_func(q, k, v, **options)
+    different = cupy.zeros((), np.int64)
+    for _ in range(1000):
+        out, lse = cutlass_fa.flash_attn_func(q, k, v, **options)
+        different += (out.view(np.uint16) != first.view(np.uint16)).sum() + (lse != first_lse).sum()
+    assert int(different) == 0
