@@ -113,6 +113,10 @@ class Cell(ABC):
         return self.key.sliding_window
 
     @property
+    def has_sink(self) -> bool:
+        return self.key.sink
+
+    @property
     def has_whole_range(self) -> bool:
         """Whether a tile's key blocks are all those from the first on."""
         return not self.has_window

@@ -184,8 +184,8 @@ class DispatchTable:
 
 # What has a template: (family, direction) -> the presence flags that it knows.
 BUILT_FLAGS: dict[tuple[str, str], tuple[str, ...]] = {
-    ("fa2", "fwd"): ("causal", "sliding_window", "softcap", "dropout"),
-    ("fa3", "fwd"): ("causal", "sliding_window", "softcap"),
+    ("fa2", "fwd"): ("causal", "sliding_window", "sink", "softcap", "dropout"),
+    ("fa3", "fwd"): ("causal", "sliding_window", "sink", "softcap"),
     ("fa2", "bwd"): ("causal", "softcap", "dropout", "deterministic", "split"),
     ("fa2", "bwd_preprocess"): (),
     ("fa2", "bwd_convert"): ("split",),
@@ -208,7 +208,7 @@ def _semantic_reasons(key: DispatchKey) -> list[str]:
         (fp8 and backward, "there is no fp8 backward; use f16 or bf16"),
         ((key.dtype in FP8_DTYPES) != (key.v_dtype in FP8_DTYPES), f"q/k {key.dtype} with v {key.v_dtype}: both 16-bit or both fp8"),
         (not fp8 and key.v_dtype != key.dtype, f"q/k {key.dtype} with v {key.v_dtype}: 16-bit types must agree"),
-        (key.sink and not (key.causal or key.sliding_window), "sink tokens need a causal mask or a sliding window"),
+        (key.sink and not key.sliding_window, "sink tokens need a sliding window: without one every query sees the first keys anyway"),
         (key.paged and backward, "a paged cache has no backward"),
         (key.deterministic and not backward, "deterministic is a choice of the backward; every forward is"),
         (key.split and not backward, "split is the backward's: parts of dk and dv"),
@@ -263,6 +263,7 @@ DISPATCH_TABLE = DispatchTable(
         _fa3_fwd("bf16", 256),
         _fa3_fwd("bf16", 256, causal=True),
         _fa3_fwd("bf16", 128, causal=True, sliding_window=True),
+        _fa3_fwd("bf16", 128, causal=True, sliding_window=True, sink=True),
         _fa3_fwd("bf16", 64, sliding_window=True),
         _fa2_fwd("sm_80", "bf16", 128),
         _fa2_fwd("sm_80", "bf16", 128, causal=True),
@@ -271,6 +272,7 @@ DISPATCH_TABLE = DispatchTable(
         _fa2_fwd("sm_80", "bf16", 128, causal=True, dropout=True),
         _fa2_fwd("sm_80", "bf16", 128, causal=True, sliding_window=True),
         _fa2_fwd("sm_80", "bf16", 64, sliding_window=True),
+        _fa2_fwd("sm_80", "bf16", 64, sliding_window=True, sink=True),
         _fa2_fwd("sm_80", "bf16", 64, causal=True),
         _fa2_fwd("sm_80", "bf16", 96),
         _fa2_fwd("sm_86", "bf16", 256, causal=True),

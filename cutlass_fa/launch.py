@@ -74,11 +74,12 @@ def softmax_scales(request: AttentionRequest) -> dict[str, float]:
 
 
 def window_values(request: AttentionRequest) -> dict[str, int]:
-    """A window's bounds, where it is unbounded the distance that no key exceeds, and no farther, so that positions stay 32-bit numbers."""
+    """Sink tokens and a window's bounds: unbounded is a distance that no key exceeds, and none is larger, so that positions stay 32-bit."""
     left, right = request.mask.window
     return {
         "window_left": request.seqlen_k if left == -1 else min(left, request.seqlen_k),
         "window_right": request.seqlen_q if right == -1 else min(right, request.seqlen_q),
+        "sink_tokens": min(request.sink_tokens, request.seqlen_k),
     }
 
 

@@ -69,6 +69,7 @@ _NUM_HEADS_KV = ParamField("num_heads_kv", "int", "key heads, the heads of the w
 _HEADS_PER_SECTION = ParamField("heads_per_section", "int", "(batch, head) pairs of the work list whose K and V share the L2 cache")
 _WINDOW_LEFT = ParamField("window_left", "int", "keys before a query's position that it sees")
 _WINDOW_RIGHT = ParamField("window_right", "int", "keys after a query's position that it sees")
+_SINK_TOKENS = ParamField("sink_tokens", "int", "first keys, seen however far they lie before a window; at most seqlen_k")
 
 DROPOUT_STATE = (  # after the addresses: a run writes them too
     ParamField("dropout_seed", "uint64_t", "the random numbers' key"),
@@ -85,22 +86,22 @@ def strides(array: str) -> tuple[ParamField, ...]:
     return tuple(ParamField(f"{array}_stride_{axis}", "int64_t", "elements") for axis in ("batch", "row", "head"))
 
 
-def window_params(causal: bool) -> tuple[ParamField, ...]:
+def window_params(causal: bool, sink: bool) -> tuple[ParamField, ...]:
     """A sliding window's fields; causality bounds the right side by itself."""
-    return (_WINDOW_LEFT,) if causal else (_WINDOW_LEFT, _WINDOW_RIGHT)
+    return (_WINDOW_LEFT,) + (_WINDOW_RIGHT,) * (not causal) + (_SINK_TOKENS,) * sink
 
 
 def fa3_fwd_params(
-    causal: bool, packed: bool, dynamic_scheduler: bool, softcap: bool = False, window: bool = False
+    causal: bool, packed: bool, dynamic_scheduler: bool, softcap: bool = False, window: bool = False, sink: bool = False
 ) -> tuple[ParamField, ...]:
     """The fields of an fa3 forward cell, widest first so that no compiler pads between them."""
     heads = _NUM_HEADS_KV if packed else _HEADS_PER_KV_HEAD
     scale = CAPPED_SCALE if softcap else (SCALE,)
-    others = (*_FORWARD_SIZES, *scale, heads) + (_HEADS_PER_SECTION,) * causal + window_params(causal) * window
+    others = (*_FORWARD_SIZES, *scale, heads) + (_HEADS_PER_SECTION,) * causal + window_params(causal, sink) * window
     return (*_OUTPUTS, *(_TILE_COUNTER,) * dynamic_scheduler, *strides("o"), *others)
 
 
-def fa2_fwd_params(causal: bool, softcap: bool, dropout: bool, window: bool = False) -> tuple[ParamField, ...]:
+def fa2_fwd_params(causal: bool, softcap: bool, dropout: bool, window: bool = False, sink: bool = False) -> tuple[ParamField, ...]:
     """The fields of an fa2 forward cell: what a run writes, then the other wide ones, then the narrow ones."""
     wide = (*_INPUTS, *_OUTPUTS) + DROPOUT_STATE * dropout + (*strides("q"), *strides("k"), *strides("v"), *strides("o"))
     scale = CAPPED_SCALE if softcap else (SCALE,)
@@ -108,7 +109,7 @@ def fa2_fwd_params(causal: bool, softcap: bool, dropout: bool, window: bool = Fa
     return (
         (*wide, *sizes, *scale, _HEADS_PER_KV_HEAD)
         + (_HEADS_PER_SECTION,) * causal
-        + window_params(causal) * window
+        + window_params(causal, sink) * window
         + DROPOUT_RATE * dropout
     )
 

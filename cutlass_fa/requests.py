@@ -206,7 +206,7 @@ class AttentionRequest:
             causal=self.mask.causal,
             sliding_window=self.mask.is_sliding,
             alibi=self.position_bias.alibi,
-            sink=self.sink_tokens > 0,
+            sink=self.sink_tokens > 0 and self.mask.is_sliding,  # a causal mask alone shows them anyway
             softcap=self.softcap > 0,
             dropout=self.dropout_p > 0,
         )

@@ -102,7 +102,6 @@ CUTLASS_FA_DEVICE int key_end(Params const& params, int query) { return min(para
 CUTLASS_FA_DEVICE int key_begin(Params const& params, int query) {
   return max(0, query + params.seqlen_k - params.seqlen_q - params.window_left);
 }
-
 // Key blocks from n_block_end on hold no key that a query before `query_end` sees.
 CUTLASS_FA_DEVICE int n_block_end(Params const& params, int query_end) {
   int const end = key_end(params, min(query_end, params.seqlen_q) - 1);
@@ -112,11 +111,10 @@ CUTLASS_FA_DEVICE int n_block_end(Params const& params, int query_end) {
 // The key blocks that some row of a tile sees, as a list that is walked from its last index to 0: first the blocks at the window's right
 // edge, then those at its left edge, and last, without a mask, those between.
 struct KeyBlocks {
-  int begin, end;                    // blocks [begin, end) are the list
+  int begin, end;                    // blocks [begin, end) hold the windows of all rows
   int unmasked_begin, unmasked_end;  // blocks that every row sees whole: indices [0, unmasked())
-
-  CUTLASS_FA_DEVICE int count() const { return end - begin; }
   CUTLASS_FA_DEVICE int unmasked() const { return unmasked_end - unmasked_begin; }
+  CUTLASS_FA_DEVICE int count() const { return end - begin; }
   CUTLASS_FA_DEVICE int at(int index) const {
     int const block = begin + index - unmasked();  // of the masked ones
     return index < unmasked() ? unmasked_begin + index : block < unmasked_begin ? block : block + unmasked();
@@ -402,7 +400,8 @@ CUTLASS_FA_DEVICE void attend(SharedStorage& shared, Params const& params, Tile 
   for (; n_block >= blocks.unmasked(); --n_block) {
     next_block(n_block);
     int const block = blocks.at(n_block);
-    if (block >= own_begin && block < own_end) { step(block, true_type{}); }  // a warp passes over blocks that only other rows see
+    // A warp passes over blocks that only other rows see.
+    if (block < own_end && block >= own_begin) { step(block, true_type{}); }
     stage = stage_after(stage);
   }
 #pragma unroll 1

@@ -128,7 +128,6 @@ CUTLASS_FA_DEVICE int key_end(Params const& params, int query) { return min(para
 CUTLASS_FA_DEVICE int key_begin(Params const& params, int query) {
   return max(0, query + params.seqlen_k - params.seqlen_q - params.window_left);
 }
-
 // Key blocks from n_block_end on hold no key that a query before `query_end` sees.
 CUTLASS_FA_DEVICE int n_block_end(Params const& params, int query_end) {
   int const end = key_end(params, min(query_end, params.seqlen_q) - 1);
@@ -138,11 +137,10 @@ CUTLASS_FA_DEVICE int n_block_end(Params const& params, int query_end) {
 // The key blocks that some row of a tile sees, as a list that is walked from its last index to 0: first the blocks at the window's right
 // edge, then those at its left edge, and last, without a mask, those between.
 struct KeyBlocks {
-  int begin, end;                    // blocks [begin, end) are the list
+  int begin, end;                    // blocks [begin, end) hold the windows of all rows
   int unmasked_begin, unmasked_end;  // blocks that every row sees whole: indices [0, unmasked())
-
-  CUTLASS_FA_DEVICE int count() const { return end - begin; }
   CUTLASS_FA_DEVICE int unmasked() const { return unmasked_end - unmasked_begin; }
+  CUTLASS_FA_DEVICE int count() const { return end - begin; }
   CUTLASS_FA_DEVICE int at(int index) const {
     int const block = begin + index - unmasked();  // of the masked ones
     return index < unmasked() ? unmasked_begin + index : block < unmasked_begin ? block : block + unmasked();
@@ -328,9 +326,9 @@ CUTLASS_FA_DEVICE void attend(Consumer& self, SharedStorage& shared, Params cons
   uint32_t p[kTileN / 4];  // probabilities of the block whose P V comes next
   float rescale[2];
   KeyBlocks const blocks = key_blocks(params, tile);
-  int const last_query = params.seqlen_q - 1;  // rows after it see what it sees
-  int const query[2] = {min(query_of(tile, self.row_in_tile), last_query), min(query_of(tile, self.row_in_tile + 8), last_query)};
   auto mask_block = [&](float(&acc_s)[kTileN / 2], int n_block) {
+    int const last_query = params.seqlen_q - 1;  // rows after it see what it sees
+    int const query[2] = {min(query_of(tile, self.row_in_tile), last_query), min(query_of(tile, self.row_in_tile + 8), last_query)};
     apply_mask(acc_s, params, blocks.at(n_block) * kTileN + thread_index() % 4 * 2, query);
   };
 

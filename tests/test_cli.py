@@ -126,7 +126,7 @@ def test_explain_without_a_disassembler(warm: None, monkeypatch: pytest.MonkeyPa
         (("--head-dim", "64", "--arch", "sm_80", "--varlen"), "fa2_fwd_sm80_bf16_hdim64_varlen", "varlen is not built yet in the fa2 fwd"),
         (("--head-dim", "64", "--backward", "--paged"), "fa2_bwd_sm90a_bf16_hdim64_paged", "a paged cache has no backward"),
         (("--head-dim", "64", "--dtype", "bf16", "--v-dtype", "f16"), "fa3_fwd_sm90a_bf16_vf16_hdim64", "16-bit types must agree"),
-        (("--head-dim", "64", "--sink"), "fa3_fwd_sm90a_bf16_hdim64_sink", "sink tokens need a causal mask or a sliding window"),
+        (("--head-dim", "64", "--sink"), "fa3_fwd_sm90a_bf16_hdim64_sink", "sink tokens need a sliding window"),
         (("--head-dim", "64", "--gqa-ratio", "128"), "fa3_fwd_sm90a_bf16_hdim64_gqa128", "at most 64 query heads"),
         ((UNBUILT,), UNBUILT, "paged is not built yet"),
         (("fa3_fwd_sm91",), "fa3_fwd_sm91", "is not a key's name"),

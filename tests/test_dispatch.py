@@ -83,6 +83,7 @@ def test_key_refuses_unknown_words() -> None:
         ({"family": "fa2", "direction": "bwd", "sliding_window": True}, "sliding_window is not built yet in the fa2 bwd"),
         ({"alibi": True}, "alibi"),
         ({"sink": True}, "sink tokens need"),
+        ({"sink": True, "causal": True}, "sink tokens need"),
         ({"paged": True}, "paged"),
         ({"gqa_ratio": 128}, "gqa_ratio 128"),
         ({"direction": "bwd", "dtype": "e4m3", "v_dtype": "e4m3"}, "no fp8 backward"),
@@ -110,8 +111,8 @@ def test_valid_keys_are_what_lookup_serves() -> None:
     assert len(valid) == len(set(valid))
     combinations = 2 * len(CELL_HEAD_DIMS)  # dtypes x head_dims
     counts = Counter((key.family, key.direction) for key in valid)
-    assert counts["fa3", "fwd"] == combinations * 2**3  # causal, window, softcap
-    assert counts["fa2", "fwd"] == combinations * 2**4 * len(ARCHS)  # causal, window, softcap, dropout
+    assert counts["fa3", "fwd"] == combinations * 2**2 * 3  # causal, softcap; a window, which may have sink tokens
+    assert counts["fa2", "fwd"] == combinations * 2**3 * 3 * len(ARCHS)  # causal, softcap, dropout; the same
     assert set(counts) == set(BUILT_FLAGS)
     assert all(DISPATCH_TABLE.lookup(key) is key for key in valid)
     assert {replace(key, gqa_ratio=1) for key in DISPATCH_TABLE} <= set(valid)

@@ -54,6 +54,7 @@ class Case:
     persistent: PersistentMode | None = None
     sharpness: int = 1  # q is so many times a standard normal: row maxima then move far from block to block
     window: tuple[int, int] = (40, 3)  # of cells that have one; causal ones look at the left side only
+    sinks: int = 5  # of cells that have them
 
     def __str__(self) -> str:
         words = [f"{self.seqlens[0]}x{self.seqlens[1]}", self.order]
@@ -92,27 +93,29 @@ CASES = (
     Case((1, 1), window=(0, 0)),
     Case((77, 150), batch=2, order="bhsd"),
     Case((200, 131), narrower=24, strided=True, window=(20, -1)),  # the first rows' windows end before the first key
-    Case((130, 70), groups=2, persistent=Persistent(1), window=(0, 50)),
-    Case((260, 710), ratio=1, sharpness=8, window=(450, 130)),  # more key blocks than the ring holds, in every cell
+    Case((130, 70), groups=2, persistent=Persistent(1), window=(0, 50), sinks=69),
+    Case((260, 710), ratio=1, sharpness=8, window=(450, 130), sinks=150),  # more key blocks than the ring holds, in every cell
 )
 
 
 def run(cell: Cell, program: Program, case: Case, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """The kernel's out and lse, held to the rule."""
     q, k, v = case.arrays(cell, seed=7)
-    called, expected = features(cell, q, k, case.window)
+    called, expected = features(cell, q, k, case)
     persistent = case.persistent if cell.key.family == "fa3" else None  # a CTA of the other family has one tile
     result = run_forward(cell, q, k, v, seed=seed, program=program, persistent=persistent, out_like=case.out_like(q), **called)
     check_forward(result.out, result.lse, q, k, v, case=f"{cell.name} {case} seed {seed}", causal=cell.is_causal, **expected)
     return result.out, result.lse
 
 
-def features(cell: Cell, q: np.ndarray, k: np.ndarray, window: tuple[int, int]) -> tuple[dict[str, Any], dict[str, Any]]:
+def features(cell: Cell, q: np.ndarray, k: np.ndarray, case: Case) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a call of the cell's features is given, and what the reference is told of it."""
     called: dict[str, Any] = {}
     expected: dict[str, Any] = {}
     if cell.has_window:
-        called["window_size"] = expected["window_size"] = window
+        called["window_size"] = expected["window_size"] = case.window
+    if cell.has_sink:
+        called["sink_tokens"] = expected["sink_tokens"] = case.sinks
     if cell.has_softcap:
         called["softcap"] = expected["softcap"] = 5.0
     if cell.has_dropout:

@@ -39,7 +39,7 @@ def test_executor_and_gpu_agree(key: DispatchKey, record_property: Callable[[str
     seqlen_q, seqlen_k = (61, 300) if key.gqa_ratio > 1 else (200, 300)
     heads = {"num_heads_q": 2 * key.gqa_ratio, "num_heads_kv": 2}
     softcap = 5.0 if key.softcap else 0.0
-    window = (90, 20) if key.sliding_window else (-1, -1)
+    window, sink_tokens = (90, 20) if key.sliding_window else (-1, -1), 7 * key.sink
     request = forward_request(
         key.family,
         None,
@@ -49,6 +49,7 @@ def test_executor_and_gpu_agree(key: DispatchKey, record_property: Callable[[str
         head_dim=key.head_dim,
         dtype=key.dtype,
         mask=Window(*window, key.causal),
+        sink_tokens=sink_tokens,
         softcap=softcap,
         dropout_p=0.0,
         arch=key.arch,
@@ -58,10 +59,10 @@ def test_executor_and_gpu_agree(key: DispatchKey, record_property: Callable[[str
     q, k, v = random_qkv(
         np, np.random.default_rng(), batch=2, seqlen_q=seqlen_q, seqlen_k=seqlen_k, head_dim=key.head_dim, dtype=DTYPES[key.dtype], **heads
     )
-    on_cpu = run_forward(Cell.of(key), q, k, v, seed=0, softcap=softcap, window_size=window)
+    on_cpu = run_forward(Cell.of(key), q, k, v, seed=0, softcap=softcap, window_size=window, sink_tokens=sink_tokens)
     # CuPy makes 16-bit brain floats from their bits
     arrays = [cupy.asarray(x.view(np.uint16)).view(x.dtype) for x in (q, k, v)]
-    options = {"causal": key.causal, "softcap": softcap, "window_size": window}
+    options = {"causal": key.causal, "softcap": softcap, "window_size": window, "sink_tokens": sink_tokens}
     out, lse = cutlass_fa.flash_attn_func(*arrays, family=key.family, return_lse=True, **options)
     out, lse = out.view(np.uint16).get().view(q.dtype), lse.get()
     check_forward(out, lse, q, k, v, case=f"{key} on the GPU", **options)

@@ -353,6 +353,6 @@ def test_refusals_launch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for out in (q[:1], q.astype(np.float32), q.get(), flat):
         with pytest.raises(errors.InvalidArgument):
             attend(q, k, v, out=out)
-    for options in ({"alibi_slopes": cupy.zeros(2, np.float32)}, {"causal": True, "sink_tokens": 4}):
+    for options in ({"alibi_slopes": cupy.zeros(2, np.float32)}, {"dropout_p": 0.1, "family": "fa3"}):
         with pytest.raises(errors.UnsupportedCell, match="not built yet"):
             attend(q, k, v, **options)

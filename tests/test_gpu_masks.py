@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,14 +26,15 @@ class Masks:
     """What a call's mask is made of, beside causality."""
 
     window: tuple[int, int] = (-1, -1)
+    sink: int = 0
     softcap: float = 0.0
 
     def __str__(self) -> str:
-        return f"window{self.window[0]}.{self.window[1]}-softcap{self.softcap:g}"
+        return f"window{self.window[0]}.{self.window[1]}-sink{self.sink}-softcap{self.softcap:g}"
 
     def arguments(self) -> dict[str, Any]:
         """The call's, which are the reference's too."""
-        return {"window_size": self.window, "softcap": self.softcap}
+        return {"window_size": self.window, "sink_tokens": self.sink, "softcap": self.softcap}
 
 
 def check(case: Case, masks: Masks, family: str) -> tuple[Any, Any]:
@@ -55,12 +56,15 @@ def covering_cases() -> list[Any]:
         "heads": ("mha", "gqa4", "mqa"),
         "seqlens": SEQLEN_PAIRS,
         "window": ((-1, -1), *WINDOWS),
+        "sink": (0, 4, 200),
         "softcap": (0.0, 20.0),
         "order": ("bshd", "bhsd"),
     }
     cases = []
     for chosen in covering(factors, 2):
-        family, masks = chosen.pop("family"), Masks(chosen.pop("window"), chosen.pop("softcap"))
+        family, masks = chosen.pop("family"), Masks(*(chosen.pop(name) for name in ("window", "sink", "softcap")))
+        if masks.window == (-1, -1) and not chosen["causal"]:
+            masks = replace(masks, sink=0)  # refused: every key is visible
         case = Case(**chosen)
         cases.append(pytest.param(case, masks, family, id=f"{family}-{case}-{masks}"))
     return cases
@@ -79,12 +83,22 @@ def test_every_window_with_every_pair_of_lengths(family: str, causal: bool, wind
     check(Case("bf16", 128, causal, "gqa4", seqlens), Masks(window), family)
 
 
+@pytest.mark.parametrize("seqlens", [(1, 3000), (113, 203), (300, 40), (640, 2048), (1023, 1024)], ids=lambda p: f"{p[0]}x{p[1]}")
+@pytest.mark.parametrize("sink", [1, 4, 64, 129, 5000])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sink_tokens(family: str, causal: bool, sink: int, seqlens: tuple[int, int]) -> None:
+    for window in ((0, 0), (128, 0), (300, 33)):
+        check(Case("bf16", 64, causal, "gqa4", seqlens), Masks(window, sink), family)
+
+
 @pytest.mark.parametrize("seqlens", [(1, 300), (5, 513), (63, 200), (130, 400)], ids=lambda p: f"{p[0]}x{p[1]}")
 @pytest.mark.parametrize("heads", ["gqa4", "gqa5", "gqa64"])
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_windows_of_packed_heads(causal: bool, heads: str, seqlens: tuple[int, int]) -> None:
     for window in WINDOWS[:4]:
         check(Case("bf16", 128, causal, heads, seqlens), Masks(window), "fa3")
+        check(Case("bf16", 128, causal, heads, seqlens), Masks(window, sink=3), "fa3")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -95,15 +109,17 @@ def test_rows_whose_window_holds_no_key(family: str) -> None:
     assert np.isfinite(lse[:, :, 160:].get()).all()
 
 
+@pytest.mark.parametrize("sink", [0, 7])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_keys_outside_the_window_are_never_loaded(family: str) -> None:
+def test_keys_outside_the_window_are_never_loaded(family: str, sink: int) -> None:
     """k and v hold NaN outside every window of the queries: a block that was loaded and masked would make NaN of its probabilities' 0."""
     case = Case("bf16", 64, True, seqlens=(100, 2000))
     q, k, v = case.arrays()
-    options = {"causal": True, "window_size": (200, 0)}
+    options = {"causal": True, "window_size": (200, 0), "sink_tokens": sink}
     out, lse = cutlass_fa.flash_attn_func(q, k, v, return_lse=True, family=family, **options)
     first = (2000 - 100 - 200) // 192 * 192  # no tile has more keys in a block
-    k[:, :first], v[:, :first] = np.nan, np.nan
+    kept = 192 * (sink > 0)
+    k[:, kept:first], v[:, kept:first] = np.nan, np.nan
     again, again_lse = cutlass_fa.flash_attn_func(q, k, v, return_lse=True, family=family, **options)
     assert (out.view(np.uint16) == again.view(np.uint16)).all() and (lse == again_lse).all()
 
@@ -112,7 +128,7 @@ def test_keys_outside_the_window_are_never_loaded(family: str) -> None:
 def test_thousand_runs_are_bitwise_equal(family: str) -> None:
     import cupy
 
-    case, masks = Case("bf16", 128, True, "gqa4", (640, 1000)), Masks((260, 0))
+    case, masks = Case("bf16", 128, True, "gqa4", (640, 1000)), Masks((260, 0), sink=4)
     check(case, masks, family)
     q, k, v = case.arrays(seed=1)
     options = {"causal": True, "family": family, "return_lse": True, **masks.arguments()}

@@ -67,6 +67,8 @@ def test_request_key_says_presence_not_values() -> None:
     )
     assert str(everything.dispatch_key()) == "fa3_fwd_sm90a_f16_hdim80_causal_window_alibi_sink"
     assert replace(everything, mask=SlidingCausal(9), sink_tokens=5, softmax_scale=3.0).dispatch_key() == everything.dispatch_key()
+    causal = replace(everything, mask=Causal(), position_bias=PositionBias())
+    assert causal.dispatch_key() == replace(causal, sink_tokens=0).dispatch_key(), "a causal mask alone shows sink tokens anyway"
     assert everything.dispatch_key().gqa_ratio == 1
     assert REQUEST.scale == pytest.approx(128**-0.5) and replace(REQUEST, softmax_scale=2.0).scale == 2.0
 

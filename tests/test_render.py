@@ -65,7 +65,7 @@ def test_invalid_key_has_no_cell() -> None:
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("window", [False, True])
 def test_params_have_no_holes(window: bool, causal: bool, packed: bool, dynamic_scheduler: bool) -> None:
-    fields = fa3_fwd_params(causal, packed, dynamic_scheduler, window=window)
+    fields = fa3_fwd_params(causal, packed, dynamic_scheduler, window=window, sink=window and causal)
     dtype = params_dtype(fields)
     offsets = [dtype.fields[field.name][1] for field in fields]
     expected = np.cumsum([0, *(field.size_bytes for field in fields)])

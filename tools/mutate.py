@@ -223,6 +223,7 @@ class Case:
     strided: bool = False
     sharpness: int = 1  # q is so many times a standard normal: row maxima then move far from block to block
     window: tuple[int, int] = (90, 20)  # of cells that have one
+    sinks: int = 5  # of cells that have them
 
 
 def cases(cell: Cell) -> tuple[Case, ...]:
@@ -274,6 +275,7 @@ def _run(cell: Cell, program: Program, case: Case, seed: int) -> str | None:
     out_like = poisoned(np, (*q.shape[:3], q.shape[3] + 16), dtype)[..., : q.shape[3]] if case.strided else None
     try:
         options: dict[str, Any] = {"window_size": case.window} if cell.has_window else {}
+        options |= {"sink_tokens": case.sinks} if cell.has_sink else {}
         limits: dict[str, Any] = {"seed": seed, "time_limit_s": TIME_LIMIT_S}
         result = run_forward(cell, q, k, v, program=program, persistent=persistent, out_like=out_like, **limits, **options)
         check_forward(result.out, result.lse, q, k, v, case=f"{case}, seed {seed}", causal=cell.is_causal, **options)

@@ -80,7 +80,7 @@ _HOPPER = _Table(
 _BLACKWELL = replace(  # tiles that spill where Hopper's do not
     _HOPPER,
     tiles=_HOPPER.tiles | _both({128: Fa2FwdTile(4, 32, 48, 2)}),
-    cramped=(*_HOPPER.cramped, ("sliding_window", {64: Fa2FwdTile(4, 32, 64, 2)})),
+    cramped=(*_HOPPER.cramped, ("sliding_window", {64: Fa2FwdTile(4, 32, 64, 2), 128: Fa2FwdTile(4, 32, 32, 2)})),
 )
 _AMPERE = _Table(
     tiles=_both(

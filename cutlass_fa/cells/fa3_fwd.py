@@ -180,4 +180,4 @@ class Fa3FwdCell(Cell):
 
     @property
     def params(self) -> tuple[ParamField, ...]:
-        return fa3_fwd_params(self.is_causal, self.is_packed, self.has_dynamic_scheduler, self.has_softcap, self.has_window)
+        return fa3_fwd_params(self.is_causal, self.is_packed, self.has_dynamic_scheduler, self.has_softcap, self.has_window, self.has_sink)

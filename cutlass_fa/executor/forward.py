@@ -49,6 +49,7 @@ def run_forward(
     dropout_p: float = 0.0,
     random_state: tuple[int, int] = (0, 0),
     window_size: tuple[int, int] = (-1, -1),
+    sink_tokens: int = 0,
     persistent: PersistentMode | None = None,
     out_like: np.ndarray | None = None,
     device: DeviceInfo = SMALL_DEVICE,
@@ -60,7 +61,7 @@ def run_forward(
     ml_dtypes); any strides that a call on the GPU accepts. head_dim at most the cell's.
     seed: the schedule. program: `cell` compiled already. softmax_scale: default 1 / sqrt(head_dim).
     softcap, dropout_p: positive where the cell has them, else 0. random_state: dropout's seed and offset.
-    window_size: (left, right), with a bounded side where the cell has a window.
+    window_size: (left, right), with a bounded side where the cell has a window. sink_tokens: positive where it has them.
     persistent: default Persistent(), as the launcher's, in the family that has it.
     out_like: an array whose shape and strides the output has; default contiguous.
 
@@ -70,7 +71,14 @@ def run_forward(
     if program is None:
         program = ExecutorKernel.build(render(cell))
     mask = Window(*window_size, causal=cell.key.causal)
-    options = {"mask": mask, "softmax_scale": softmax_scale, "softcap": softcap, "dropout_p": dropout_p, "persistent": persistent}
+    options = {
+        "mask": mask,
+        "sink_tokens": sink_tokens,
+        "softmax_scale": softmax_scale,
+        "softcap": softcap,
+        "dropout_p": dropout_p,
+        "persistent": persistent,
+    }
     problem = _problem(cell, q, k, v, out_like, options)
     memory = GlobalMemory()
     buffers = {name: memory.add(name, span(array)) for name, array in (("q", q), ("k", k), ("v", v))}

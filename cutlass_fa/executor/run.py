@@ -21,7 +21,7 @@ from .forward import run_forward
 
 _DTYPES = {"bf16": np.dtype(ml_dtypes.bfloat16), "f16": np.dtype(np.float16)}
 _LSE_TOLERANCE = 1e-2
-_SOFTCAP, _DROPOUT_P, _WINDOW = 30.0, 0.17, (50, 20)  # of cells that have them
+_SOFTCAP, _DROPOUT_P, _WINDOW, _SINK_TOKENS = 30.0, 0.17, (50, 20), 5  # of cells that have them
 _BACKWARD_ULPS = 6  # of the largest gradient: P, dS, out and the result are rounded, and dS is a difference of rounded numbers
 _ULPS = 4  # of the largest output: P and out are rounded to the element type, each by half an ulp
 
@@ -59,7 +59,11 @@ def run_key(key: DispatchKey, stream: TextIO, *, shape: RunShape = RunShape(), s
     print(f"{key}: {cell.summary}", file=stream)
     print(f"compiled for this CPU in {built - start:.1f} s; q {q.shape}, k and v {k.shape}, seed {seed}", file=stream)
     dropout_p = _DROPOUT_P * cell.has_dropout
-    options: dict[str, Any] = {"softcap": _SOFTCAP * cell.has_softcap, "window_size": _WINDOW if cell.has_window else (-1, -1)}
+    options: dict[str, Any] = {
+        "softcap": _SOFTCAP * cell.has_softcap,
+        "window_size": _WINDOW if cell.has_window else (-1, -1),
+        "sink_tokens": _SINK_TOKENS * cell.has_sink,
+    }
     try:
         result = run_forward(cell, q, k, v, seed=seed, program=program, dropout_p=dropout_p, random_state=(seed, 0), **options)
     except ExecutorFault as fault:
