@@ -28,20 +28,29 @@ class Masks:
     window: tuple[int, int] = (-1, -1)
     sink: int = 0
     softcap: float = 0.0
+    alibi: str = "none"  # or "heads": slopes of each head; "batch": of each sequence's heads
 
     def __str__(self) -> str:
-        return f"window{self.window[0]}.{self.window[1]}-sink{self.sink}-softcap{self.softcap:g}"
+        return f"window{self.window[0]}.{self.window[1]}-sink{self.sink}-softcap{self.softcap:g}-alibi.{self.alibi}"
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self, q: Any) -> dict[str, Any]:
         """The call's, which are the reference's too."""
-        return {"window_size": self.window, "sink_tokens": self.sink, "softcap": self.softcap}
+        return {"window_size": self.window, "sink_tokens": self.sink, "softcap": self.softcap, "alibi_slopes": self.slopes(q)}
+
+    def slopes(self, q: Any) -> Any:
+        import cupy
+
+        batch, _, heads, _ = q.shape
+        if self.alibi == "none":
+            return None
+        return cupy.random.uniform(-0.05, 1, (heads,) if self.alibi == "heads" else (batch, heads), np.float32)
 
 
 def check(case: Case, masks: Masks, family: str) -> tuple[Any, Any]:
     if family == "fa3" and device_info(0).arch != "sm_90a":
         pytest.skip("family fa3 needs sm_90a")
     q, k, v = case.arrays()
-    options = {"causal": case.causal, **masks.arguments()}
+    options = {"causal": case.causal, **masks.arguments(q)}
     out, lse = cutlass_fa.flash_attn_func(q, k, v, out=case.poisoned_out(q), return_lse=True, family=family, **options)
     check_forward(out, lse, q, k, v, case=f"{family} {case} {masks}", **options)
     return out, lse
@@ -58,11 +67,12 @@ def covering_cases() -> list[Any]:
         "window": ((-1, -1), *WINDOWS),
         "sink": (0, 4, 200),
         "softcap": (0.0, 20.0),
+        "alibi": ("none", "heads", "batch"),
         "order": ("bshd", "bhsd"),
     }
     cases = []
     for chosen in covering(factors, 2):
-        family, masks = chosen.pop("family"), Masks(*(chosen.pop(name) for name in ("window", "sink", "softcap")))
+        family, masks = chosen.pop("family"), Masks(*(chosen.pop(name) for name in ("window", "sink", "softcap", "alibi")))
         if masks.window == (-1, -1) and not chosen["causal"]:
             masks = replace(masks, sink=0)  # refused: every key is visible
         case = Case(**chosen)
@@ -92,13 +102,21 @@ def test_sink_tokens(family: str, causal: bool, sink: int, seqlens: tuple[int, i
         check(Case("bf16", 64, causal, "gqa4", seqlens), Masks(window, sink), family)
 
 
+@pytest.mark.parametrize("seqlens", SEQLEN_PAIRS, ids=lambda p: f"{p[0]}x{p[1]}")
+@pytest.mark.parametrize("alibi", ["heads", "batch"])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_alibi(family: str, causal: bool, alibi: str, seqlens: tuple[int, int]) -> None:
+    check(Case("bf16", 128, causal, "gqa4", seqlens), Masks(alibi=alibi), family)
+
+
 @pytest.mark.parametrize("seqlens", [(1, 300), (5, 513), (63, 200), (130, 400)], ids=lambda p: f"{p[0]}x{p[1]}")
 @pytest.mark.parametrize("heads", ["gqa4", "gqa5", "gqa64"])
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_windows_of_packed_heads(causal: bool, heads: str, seqlens: tuple[int, int]) -> None:
     for window in WINDOWS[:4]:
         check(Case("bf16", 128, causal, heads, seqlens), Masks(window), "fa3")
-        check(Case("bf16", 128, causal, heads, seqlens), Masks(window, sink=3), "fa3")
+        check(Case("bf16", 128, causal, heads, seqlens), Masks(window, sink=3, alibi="batch"), "fa3")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -128,10 +146,10 @@ def test_keys_outside_the_window_are_never_loaded(family: str, sink: int) -> Non
 def test_thousand_runs_are_bitwise_equal(family: str) -> None:
     import cupy
 
-    case, masks = Case("bf16", 128, True, "gqa4", (640, 1000)), Masks((260, 0), sink=4)
+    case, masks = Case("bf16", 128, True, "gqa4", (640, 1000)), Masks((260, 0), sink=4, alibi="heads")
     check(case, masks, family)
     q, k, v = case.arrays(seed=1)
-    options = {"causal": True, "family": family, "return_lse": True, **masks.arguments()}
+    options = {"causal": True, "family": family, "return_lse": True, **masks.arguments(q)}
     first, first_lse = cutlass_fa.flash_attn_func(q, k, v, **options)
     different = cupy.zeros((), np.int64)
     for _ in range(1000):

@@ -64,14 +64,16 @@ def test_invalid_key_has_no_cell() -> None:
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("window", [False, True])
-def test_params_have_no_holes(window: bool, causal: bool, packed: bool, dynamic_scheduler: bool) -> None:
-    fields = fa3_fwd_params(causal, packed, dynamic_scheduler, window=window, sink=window and causal)
+@pytest.mark.parametrize("alibi", [False, True])
+def test_params_have_no_holes(alibi: bool, window: bool, causal: bool, packed: bool, dynamic_scheduler: bool) -> None:
+    fields = fa3_fwd_params(causal, packed, dynamic_scheduler, window=window, sink=window and causal, alibi=alibi)
     dtype = params_dtype(fields)
     offsets = [dtype.fields[field.name][1] for field in fields]
     expected = np.cumsum([0, *(field.size_bytes for field in fields)])
     assert offsets == expected[:-1].tolist()
     assert dtype.itemsize == -(-expected[-1] // 8) * 8
-    assert [field.name for field in fields[: 2 + dynamic_scheduler]] == ["o", "lse", "tile_counter"][: 2 + dynamic_scheduler]
+    written = ["o", "lse"] + ["tile_counter"] * dynamic_scheduler + ["alibi_slopes"] * alibi  # the words that a run writes, in this order
+    assert [field.name for field in fields[: len(written)]] == written and not any(field.is_address for field in fields[len(written) :])
 
 
 # ---- rendered text -------------------------------------------------------------------------------------------------------------------

@@ -59,6 +59,7 @@ def run_key(key: DispatchKey, stream: TextIO, *, shape: RunShape = RunShape(), s
         "softcap": _SOFTCAP * cell.has_softcap,
         "window_size": _WINDOW if cell.has_window else (-1, -1),
         "sink_tokens": _SINK_TOKENS * cell.has_sink,
+        "alibi_slopes": np.float32(2) ** -np.arange(1, 1 + shape.num_heads_q, dtype=np.float32) if cell.has_alibi else None,
     }
     try:
         result = run_forward(cell, q, k, v, seed=seed, program=program, dropout_p=dropout_p, random_state=(seed, 0), **options)
