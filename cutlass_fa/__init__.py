@@ -3,31 +3,35 @@
     import cutlass_fa
     out = cutlass_fa.flash_attn_func(q, k, v, causal=True)   # CuPy or PyTorch arrays, (batch, seqlen, heads, head_dim)
 
-Importing this package needs neither CuPy nor a GPU.
+Importing this package needs neither CuPy nor a GPU, and takes a few milliseconds: each name is loaded when it is first asked for.
 """
 
 from __future__ import annotations
 
-from .api import flash_attn_func
-from .api_backward import flash_attn_backward
-from .dispatch import DISPATCH_TABLE, DispatchKey
-from .errors import FlashAttnError
-from .requests import (
-    Causal,
-    Fa2BwdRequest,
-    Fa2FwdRequest,
-    Fa3FwdRequest,
-    Full,
-    Grid,
-    MaskKind,
-    Persistent,
-    PersistentMode,
-    PositionBias,
-    SlidingCausal,
-    SlidingFull,
-    Window,
-)
-from .settings import no_compile
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .api import flash_attn_func
+    from .api_backward import flash_attn_backward
+    from .dispatch import DISPATCH_TABLE, DispatchKey
+    from .errors import FlashAttnError
+    from .requests import (
+        Causal,
+        Fa2BwdRequest,
+        Fa2FwdRequest,
+        Fa3FwdRequest,
+        Full,
+        Grid,
+        MaskKind,
+        Persistent,
+        PersistentMode,
+        PositionBias,
+        SlidingCausal,
+        SlidingFull,
+        Window,
+    )
+    from .settings import no_compile
 
 __version__ = "0.1.0"
 
@@ -52,3 +56,24 @@ __all__ = [
     "flash_attn_func",
     "no_compile",
 ]
+
+_MODULES = {
+    "flash_attn_backward": "api_backward",
+    "flash_attn_func": "api",
+    "DISPATCH_TABLE": "dispatch",
+    "DispatchKey": "dispatch",
+    "FlashAttnError": "errors",
+    "no_compile": "settings",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_MODULES.get(name, 'requests')}", __name__), name)
+    globals()[name] = value  # asked for once
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -68,7 +68,7 @@ def flash_attn_func(
     options = (softmax_scale, causal, tuple(window_size), sink_tokens, persistent, softcap, dropout_p, family)
     random_state = (dropout_seed, dropout_offset)
     if dropout_p:
-        _check_random_state(random_state)
+        check_random_state(random_state)
     if backend == "reference":
         return _reference(q, k, v, out, return_lse, options, alibi_slopes, random_state)
     if backend != "cuda":
@@ -156,7 +156,8 @@ def _problem(library: ArrayLibrary, arrays: tuple[Any, ...], options: _Options, 
     )
 
 
-def _check_random_state(random_state: tuple[int, int]) -> None:
+def check_random_state(random_state: tuple[int, int]) -> None:
+    """Raises InvalidArgument, naming the argument, unless seed and offset are in [0, 2^64)."""
     for name, value in zip(("dropout_seed", "dropout_offset"), random_state, strict=True):
         if not 0 <= value < 1 << 64:
             raise InvalidArgument(f"{name}={value}: must be a whole number in [0, 2^64)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import kernels
-from .api import BACKENDS, flash_attn_func
+from .api import BACKENDS, check_random_state, flash_attn_func
 from .arrays import ArrayLibrary, check_one_library, library_of, not_on_gpu
 from .device import check_current_device, device_info
 from .errors import InvalidArgument
@@ -59,6 +59,8 @@ def flash_attn_backward(
     options = (softmax_scale, causal, softcap, dropout_p, deterministic, recompute)
     random_state = (dropout_seed, dropout_offset)
     gradients = (dq, dk, dv)
+    if dropout_p:
+        check_random_state(random_state)
     if backend == "reference":
         return _reference(dout, q, k, v, out, lse, dlse, gradients, options, random_state)
     if backend != "cuda":

@@ -156,7 +156,6 @@ CUTLASS_FA_DEVICE void advance(Params const& params, Work const& work, Block& bl
 }
 
 // ---- who a thread is ------------------------------------------------------------------------------------------------------------------
-
 struct Worker {
   int group;   // 0: P and dV; 1: dS and dK
   int thread;  // of the group's 128
@@ -177,7 +176,6 @@ CUTLASS_FA_DEVICE Worker worker_of(unsigned thread) {
 CUTLASS_FA_DEVICE void group_sync(Worker const& self) { named_barrier_sync(kGroupBarrier + self.group, kWarpgroupSize); }
 
 // ---- copies: by one group -------------------------------------------------------------------------------------------------------------
-
 // Blocks of Q or dO, one after the other.
 struct Loader {
   Element const* source;  // this thread's first 16 bytes of the next block
@@ -211,7 +209,6 @@ CUTLASS_FA_DEVICE Loader make_loader(Worker const& self, void const* matrix, Wor
 }
 
 // ---- both groups: dQ ------------------------------------------------------------------------------------------------------------------
-
 // This warp's part of dS K for one block, added to the accumulator in the order of the fragments.
 CUTLASS_FA_DEVICE void add_dq(Worker const& self, SharedStorage const& shared, int stage, float* dq_acc, int block_index) {
   int const warp = self.group * 4 + self.thread / kWarpSize;

@@ -95,7 +95,7 @@ def test_peers_take_turns() -> None:
     medians = interleaved_medians(calls, timings, rounds=8, count=3)
     rounds = ["".join(name for name, _ in turns[3 * i : 3 * i + 3]) for i in range(1, 9)]
     assert all(sorted(order) == ["a", "b", "c"] for order in rounds) and len(set(rounds)) > 1
-    assert set(turns[3:]) == {("a", 20), ("b", 3), ("c", 2)}  # 40 ms of 2, 12 and 103 ms, at least two calls
+    assert set(turns[3:]) == {("a", 50), ("b", 8), ("c", 2)}  # 100 ms of 2, 12 and 103 ms, at least two calls
     assert medians["a"] < medians["b"] < medians["c"]
 
 
@@ -225,6 +225,9 @@ class FakeDevice(ArrayDevice):
 
         return {"cutlass_fa": self.own_call, "fa2": lambda *arrays: lambda: 0.25, "cudnn": refuse}
 
+    def backward_peers(self, has_fa3: bool) -> dict[str, Prepare]:
+        return {"cutlass_fa": lambda *arrays: lambda: 1.5, "fa2": lambda *arrays: lambda: 4.0}
+
     def normal(self, shape: tuple[int, ...], dtype: str) -> Any:
         return shape
 
@@ -278,6 +281,28 @@ def test_a_run_from_end_to_end(
     told = capsys.readouterr()
     assert "cudnn cannot do Point(dtype='bf16', head_dim=128, seqlen=1024" in told.err and "no such kernel" in told.err
     assert "fa2" in told.out and "ceiling copy 2GiB d2d" in told.out and "appended to" in told.out
+
+
+def test_backward_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Counted as two and a half forwards, and named as the family's that every backward is."""
+    monkeypatch.setattr(bench, "current_devices", lambda: [FakeDevice()])
+    monkeypatch.setattr(bench, "WARM_UP_S", 0.0)
+    options = shlex.split("--directions bwd fwd --head-dims 128 --seqlens 4096 --causal full --commit abc --output")
+    assert bench.main([*options, str(tmp_path / "x.json")]) == 0
+    (run,) = load_runs(tmp_path / "x.json")
+    assert [(row.peer, row.direction, row.extra) for row in run.rows] == [
+        ("cutlass_fa", "bwd", "family=fa2"),
+        ("fa2", "bwd", ""),
+        ("cutlass_fa", "fwd", ""),
+        ("fa2", "fwd", ""),
+    ]
+    assert run.rows[0].tflops is not None and run.rows[2].tflops is not None
+    assert run.rows[0].tflops == pytest.approx(run.rows[2].tflops, rel=1e-3), "2.5 times the work in 2.5 times the time"
+    header, backward, _ = table(run.rows)
+    assert header[0] == "pass" and backward[0] == "bwd" and dict(zip(header, backward, strict=True))["of best peer"] == "2.00"
+    assert bench.main(["--deterministic", *options, str(tmp_path / "x.json")]) == 0
+    assert [row.extra for row in load_runs(tmp_path / "x.json")[1].rows] == ["family=fa2 deterministic", "", "", ""]
+    assert "bwd" in capsys.readouterr().out
 
 
 def test_a_row_of_a_family_stands_beside_its_peers() -> None:

@@ -23,7 +23,7 @@ needs_compiler = pytest.mark.skipif(compiler_problem() is not None, reason=str(c
 
 HEAD, BATCH = 2, 1
 ROWS = 16  # of a box
-STARTS = [(0, 0), (16, 24), (-8, -3), (56, 90), (200, 200)]  # (column, row)
+STARTS = [(0, 0), (16, 24), (56, 90), (200, 200)]  # (column, row)
 
 
 def stores(
@@ -43,8 +43,8 @@ def stores(
     }
 
     def arguments(memory: Memory) -> list[bytes]:
-        row, column = max(start[1], 0), max(start[0], 0)
-        where = (((BATCH * 3 + HEAD) * 100 + min(row, 99)) * 72 + min(column, 70)) * itemsize // 4
+        row, column = (min(max(begin, 0), last) for begin, last in ((start[1], 99), (start[0], 70)))
+        where = (((BATCH * 3 + HEAD) * 100 + row) * 72 + column) * itemsize // 4
         numbers = np.array([*start, HEAD, BATCH, where])
         params = words(memory.address("in"), memory.address("out"), memory.address("seen"), numbers)
         return [memory.tensor_map("out", (width, ROWS, 1, 1), swizzle_bytes), params]
@@ -219,6 +219,15 @@ def test_stores_are_the_expected_machine_code(adds: bool) -> None:
     code = stores(4, 128, (0, 0), adds=adds).machine_code("sm_90a")
     assert ("UTMAREDG.4D.ADD" if adds else "UTMASTG.4D") in code
     assert "UTMACMDFLUSH" in code and "FENCE.VIEW.ASYNC" in code and re.search(r"DEPBAR\.LE SB0, 0x0", code)
+
+
+@needs_compiler
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize(("start", "report"), [((-8, 3), "coordinate -8 of dimension 0"), ((8, -3), "coordinate -3 of dimension 1")])
+def test_a_store_before_the_tensors_start_is_reported(start: tuple[int, int], report: str, adds: bool) -> None:
+    """An H100 ends such a kernel with an illegal instruction."""
+    with pytest.raises(ExecutorFault, match=report):
+        stores(4, 128, start, adds=adds).on_executor()
 
 
 # ---- cp.async for wgmma ---------------------------------------------------------------------------------------------------------------

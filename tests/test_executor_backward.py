@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +15,7 @@ import pytest
 from cutlass_fa.cell import Cell
 from cutlass_fa.dispatch import DISPATCH_TABLE, DispatchKey
 from cutlass_fa.executor import Backward, ExecutorError, ExecutorFault, ExecutorKernel, Program, compiler_problem, run_backward
+from cutlass_fa.executor.run import RunShape, run_key
 from cutlass_fa.reference import Gradients, attention_backward, attention_forward
 from cutlass_fa.render import render
 from tests.backward_cases import RANDOM_STATE, SOFTCAP, Case, Inputs
@@ -137,6 +139,14 @@ def test_a_call_that_needs_another_kernel_is_refused(build: Build) -> None:
     arrays = (inputs.dout, inputs.q, inputs.k, inputs.v, inputs.out, inputs.lse)
     with pytest.raises(ExecutorError, match="causal_softcap"):
         run_backward(SMALL, *arrays, seed=0, build=build, softcap=1.0)
+
+
+def test_run_key_runs_the_whole_call() -> None:
+    stream = io.StringIO()
+    assert run_key(SMALL, stream, shape=RunShape(seqlen_q=70, seqlen_k=90), seed=5)
+    assert re.search(r"max error against float64: dq \d\.\d+e-\d+ .*: ok", stream.getvalue())
+    with pytest.raises(ExecutorError, match="run fa2_bwd_sm80_bf16_hdim128 --executor"):
+        run_key(DispatchKey.parse("fa2_bwd_convert_sm80_bf16_hdim128_split"), stream)
 
 
 # ---- the check of the checker --------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,10 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 TOKENS = 16384  # batch * seqlen
 WIDTH = 2048  # heads * head_dim
 WARM_UP_S = 1.0
-LEAD_MS = 40.0  # longer than the window over which a GPU averages its power
-DISAGREEMENT = 0.05  # between two implementations on standard normal inputs: some roundings of a 16-bit result, no more
+LEAD_MS = 100.0  # much longer than the window over which a GPU averages its power
+BACKWARD_FLOPS = 2.5  # times the forward's: five products for its two
+# Between two implementations on standard normal inputs: some roundings of a 16-bit result, no more. Gradients reach larger numbers.
+DISAGREEMENT = {"fwd": 0.05, "bwd": 0.2}
 
 DISAGREES = "disagrees"  # the mark of a row whose result is not the peers'
 
@@ -52,6 +55,7 @@ class Point:
     seqlen: int
     causal: bool
     gqa_ratio: int = 1
+    direction: str = "fwd"
 
     @property
     def batch(self) -> int:
@@ -74,12 +78,13 @@ class Point:
         return self.batch, self.seqlen, self.num_heads_kv, self.head_dim
 
     def row(self, peer: str, milliseconds: float, remark: str = "") -> Row:
-        """The result row of a forward that took so long."""
+        """The result row of a call that took so long."""
         flops = forward_flops(self.batch, self.num_heads_q, self.seqlen, self.seqlen, self.head_dim, self.causal)
+        flops *= BACKWARD_FLOPS if self.direction == "bwd" else 1.0
         gqa = f"gqa{self.gqa_ratio}" if self.gqa_ratio != 1 else ""
         return Row(
             peer=peer,
-            direction="fwd",
+            direction=self.direction,
             dtype=self.dtype,
             d=self.head_dim,
             b=self.batch,
@@ -96,13 +101,10 @@ class Point:
 def grid(arguments: argparse.Namespace) -> Iterator[Point]:
     """The points asked for; a GQA ratio that does not divide the number of heads is left out."""
     masks = {"full": (False,), "causal": (True,), "both": (False, True)}[arguments.causal]
-    for dtype in arguments.dtypes:
-        for head_dim in arguments.head_dims:
-            for ratio in arguments.gqa:
-                if WIDTH // head_dim % ratio == 0:
-                    for causal in masks:
-                        for seqlen in arguments.seqlens:
-                            yield Point(dtype, head_dim, seqlen, causal, ratio)
+    cases = product(arguments.directions, arguments.dtypes, arguments.head_dims, arguments.gqa, masks, arguments.seqlens)
+    for direction, dtype, head_dim, ratio, causal, seqlen in cases:
+        if WIDTH // head_dim % ratio == 0:
+            yield Point(dtype, head_dim, seqlen, causal, ratio, direction)
 
 
 # ---- measuring -----------------------------------------------------------------------------------------------------------------------
@@ -141,10 +143,11 @@ def measure_point(device: ArrayDevice, peers: dict[str, Prepare], point: Point, 
             if name == OWN_PEER:
                 raise
             print(f"{name} cannot do {point}: {error}", file=sys.stderr)
-    remark = f"family={device.family}" if device.family else ""
+    family = "fa2" if point.direction == "bwd" else device.family  # every backward is that family's
+    remark = " ".join([f"family={family}"] * bool(family) + ["deterministic"] * (point.direction == "bwd" and device.deterministic))
     for name, result in results.items():
         difference = device.max_difference(results[OWN_PEER], result)
-        if not difference <= DISAGREEMENT:  # nor is NaN
+        if not difference <= DISAGREEMENT[point.direction]:  # nor is NaN
             remark = f"{remark} {DISAGREES}".strip() if DISAGREES not in remark else remark
             print(f"{point}: {OWN_PEER} and {name} differ by {difference:.3g}", file=sys.stderr)
     medians = interleaved_medians(calls, device.timings, rounds, count)
@@ -239,6 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     for each in devices:
         each.family = arguments.family
+        each.deterministic = arguments.deterministic
     device = devices[0]
     rows: list[Row] = []
     warm_up(device)
@@ -246,11 +250,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows += measure_host(devices)
     if arguments.ceilings:
         rows += measure_ceilings(device)
-    peers = device.peers(arguments.fa3_library)
-    if arguments.peers is not None:
-        peers = {name: prepare for name, prepare in peers.items() if name in (OWN_PEER, *arguments.peers)}
+    peers = {"fwd": device.peers(arguments.fa3_library), "bwd": device.backward_peers(arguments.fa3_library is not None)}
+    chosen = None if arguments.peers is None else (OWN_PEER, *arguments.peers)
     for point in [] if arguments.no_grid else grid(arguments):
-        measured = measure_point(device, peers, point, arguments.rounds, arguments.calls)
+        here = {name: prepare for name, prepare in peers[point.direction].items() if chosen is None or name in chosen}
+        measured = measure_point(device, here, point, arguments.rounds, arguments.calls)
         rows += measured
         print(f"{point}: " + ", ".join(f"{row.peer} {row.tflops}" for row in measured), file=sys.stderr, flush=True)
     run = Run(
@@ -277,13 +281,15 @@ def run_parser() -> argparse.ArgumentParser:
     parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128, 256], metavar="N")
     parser.add_argument("--seqlens", type=int, nargs="+", default=[1024, 4096, 16384], metavar="N")
     parser.add_argument("--dtypes", nargs="+", default=["bf16"], choices=["bf16", "f16"])
+    parser.add_argument("--directions", nargs="+", default=["fwd"], choices=["fwd", "bwd"], help="passes (default: fwd)")
+    parser.add_argument("--deterministic", action="store_true", help="this library's backward with deterministic=True")
     parser.add_argument("--causal", default="both", choices=["full", "causal", "both"], help="masks (default: both)")
     parser.add_argument("--gqa", type=int, nargs="+", default=[1], metavar="N", help="query heads to a key head (default: 1)")
     parser.add_argument("--family", choices=FAMILIES, help="this library's kernels (default: the family that serves the call)")
     parser.add_argument("--peers", nargs="*", choices=["fa2", "cudnn", "fa3"], help="only these (default: all there are; none: --peers)")
     parser.add_argument("--fa3-library", type=Path, metavar="PATH", help="shared library that registers torch.ops.flash_attn_3")
     parser.add_argument("--fa3-version", metavar="TEXT", help="what to call it in the results (default: the file's name)")
-    parser.add_argument("--rounds", type=int, default=4, metavar="N", help="turns of each peer at a point (default: 4)")
+    parser.add_argument("--rounds", type=int, default=6, metavar="N", help="turns of each peer at a point (default: 6)")
     parser.add_argument("--calls", type=int, default=10, metavar="N", help="timed calls in a turn (default: 10)")
     parser.add_argument("--host", action="store_true", help="also the host time of a small cached call")
     parser.add_argument("--ceilings", action="store_true", help="also a copy and a matrix product")

@@ -22,7 +22,8 @@ COPY_BYTES = 2 << 30
 MATMUL_SIZE = 8192
 
 Call: TypeAlias = Callable[[], Any]
-Prepare: TypeAlias = Callable[[Any, Any, Any, bool], Call]  # (q, k, v, causal) -> a call that returns out, everything allocated
+# (q, k, v, causal) -> a call that returns out (of a backward: dk), everything allocated
+Prepare: TypeAlias = Callable[[Any, Any, Any, bool], Call]
 
 
 def current_devices() -> list[ArrayDevice]:
@@ -41,7 +42,8 @@ class ArrayDevice(ABC):
     """The current CUDA device and an array library on it. Arrays are (batch, seqlen, heads, head_dim)."""
 
     library: str
-    family: str | None = None  # of this library's kernels; None: the one that serves the call
+    family: str | None = None  # of this library's forward; None: the one that serves the call
+    deterministic: bool = False  # this library's backward
 
     @property
     def gpu_name(self) -> str:
@@ -68,6 +70,27 @@ class ArrayDevice(ABC):
     def peers(self, fa3_library: Path | None) -> dict[str, Prepare]:
         """Who can be timed, by name."""
         return {OWN_PEER: self.own_call}
+
+    def own_backward_call(self, q: Any, k: Any, v: Any, causal: bool) -> Call:
+        """This library's backward, writing into arrays made beforehand; its workspace is allocated anew each time."""
+        dout = self.like(q)
+        out, lse = cutlass_fa.flash_attn_func(q, k, v, causal=causal, return_lse=True)
+        into = {"dq": self.empty_like(q), "dk": self.empty_like(k), "dv": self.empty_like(v)}
+        options: dict[str, Any] = {"causal": causal, "deterministic": self.deterministic}
+        return lambda: cutlass_fa.flash_attn_backward(dout, q, k, v, out, lse, **options, **into)[1]
+
+    def backward_peers(self, has_fa3: bool) -> dict[str, Prepare]:
+        """Who can be timed backward; has_fa3: its library is loaded."""
+        return {OWN_PEER: self.own_backward_call}
+
+    def like(self, q: Any) -> Any:
+        """The dout of a point: the same numbers for every peer."""
+        key = (tuple(q.shape), str(q.dtype))
+        if self._dout[0] != key:
+            self._dout = (key, self.normal(tuple(q.shape), "bf16" if "bfloat16" in str(q.dtype) else "f16"))
+        return self._dout[1]
+
+    _dout: tuple[Any, Any] = (None, None)
 
     def host_calls(self, q: Any, k: Any, v: Any) -> list[tuple[str, str, Call]]:
         """Calls whose host time is of interest: (peer, remark, call)."""
@@ -152,6 +175,36 @@ class TorchDevice(ArrayDevice):
     def _fa3_call(self, q: Any, k: Any, v: Any, causal: bool) -> Call:
         forward, scale = self._torch.ops.flash_attn_3.fwd, q.shape[3] ** -0.5
         return lambda: forward(q, k, v, softmax_scale=scale, is_causal=causal)[0]
+
+    def backward_peers(self, has_fa3: bool) -> dict[str, Prepare]:
+        backends = self._attention.SDPBackend
+        flash, cudnn = self._sdpa_backward(backends.FLASH_ATTENTION), self._sdpa_backward(backends.CUDNN_ATTENTION)
+        return {**super().backward_peers(has_fa3), "fa2": flash, "cudnn": cudnn} | ({"fa3": self._fa3_backward_call} if has_fa3 else {})
+
+    def _sdpa_backward(self, backend: Any) -> Prepare:
+        """The backward of _sdpa, through the graph that one forward has left."""
+        torch = self._torch
+        attention = torch.nn.functional.scaled_dot_product_attention
+
+        def prepare(q: Any, k: Any, v: Any, causal: bool) -> Call:
+            views = [x.detach().transpose(1, 2).requires_grad_() for x in (q, k, v)]
+            dout = self.like(q).transpose(1, 2)
+            with self._attention.sdpa_kernel(backend):
+                out = attention(*views, is_causal=causal, enable_gqa=q.shape[2] != k.shape[2])
+            return lambda: torch.autograd.grad(out, views, dout, retain_graph=True)[1].transpose(1, 2)
+
+        return prepare
+
+    def _fa3_backward_call(self, q: Any, k: Any, v: Any, causal: bool) -> Call:
+        ops, options = self._torch.ops.flash_attn_3, {"softmax_scale": q.shape[3] ** -0.5, "is_causal": causal}
+        out, lse = ops.fwd(q, k, v, **options)[:2]
+        dout, dq, dk, dv = self.like(q), self.empty_like(q), self.empty_like(k), self.empty_like(v)
+
+        def call() -> Any:
+            ops.bwd(dout, q, k, v, out, lse, dq, dk, dv, **options)
+            return dk
+
+        return call
 
     def normal(self, shape: tuple[int, ...], dtype: str) -> Any:
         return self._torch.randn(shape, dtype=self._dtypes[dtype], device="cuda")

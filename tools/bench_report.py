@@ -24,7 +24,7 @@ COLUMNS = ("peer", "pass", "dtype", "d", "b", "h", "hk", "s", "causal", "extra",
 class Row:
     """One measurement.
 
-    peer: who did it. direction: column "pass" of a file: "fwd", "host" (host time of a call), "copy", "matmul". d: head_dim. b: batch.
+    peer: who did it. direction: "pass" of a file: "fwd", "bwd", "host" (host time of a call), "copy", "matmul". d: head_dim. b: batch.
     h, hk: query and key heads. s: sequence length of queries and keys. causal: 0 or 1. extra: what else tells rows apart. ms: median of
     the timings. tflops, gbs: TFLOP/s and GB/s, None where they say nothing.
     """
@@ -118,14 +118,16 @@ def results_name(device: str) -> str:
 
 
 def table(rows: Iterable[Row]) -> list[list[str]]:
-    """Forward rows side by side: a header, then a line for each case with every peer's TFLOP/s and what this library's is of theirs."""
+    """Rows side by side: a header, then a line for each case with every peer's TFLOP/s and what this library's is of theirs. A pass is
+    named where there are several."""
     cases: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in rows:
         if row.tflops is not None and row.peer != "ceiling":
             cases.setdefault(row.case, {})[row.peer] = row
     peers = _ordered({peer for found in cases.values() for peer in found})
     others = [peer for peer in peers if peer != OWN_PEER]
-    header = ["dtype", "head_dim", "heads", "mask", "seqlen", *peers]
+    directions = {row.direction for found in cases.values() for row in found.values()}
+    header = ["pass"] * (directions != {"fwd"}) + ["dtype", "head_dim", "heads", "mask", "seqlen", *peers]
     if OWN_PEER in peers and others:
         header += ["of fa3"] * (BASELINE_PEER in others) + ["of best peer"]
     lines = [header]
@@ -133,7 +135,7 @@ def table(rows: Iterable[Row]) -> list[list[str]]:
         found = cases[case]
         row = next(iter(found.values()))
         heads = f"{row.h}" if row.h == row.hk else f"{row.h}/{row.hk}"
-        line = [row.dtype, str(row.d), heads, "causal" if row.causal else "full", str(row.s)]
+        line = [row.direction] * (directions != {"fwd"}) + [row.dtype, str(row.d), heads, "causal" if row.causal else "full", str(row.s)]
         line += [_tflops(found.get(peer)) for peer in peers]
         if OWN_PEER in peers and others:
             line += [_ratio(found, [BASELINE_PEER])] * (BASELINE_PEER in others) + [_ratio(found, others)]

@@ -15,4 +15,5 @@ export CUTLASS_FA_CACHE_DIR="$work/cache"
 "$bin/ruff" format --check .
 "$bin/mypy" --cache-dir "$work/mypy"
 "$bin/python" tools/regenerate_kernels.py --check
-"$bin/python" -m pytest -q -p no:cacheprovider
+# One process for each processor; a file stays in one, because its tests share kernels that it compiles once.
+"$bin/python" -m pytest -q -p no:cacheprovider -n auto --dist loadfile

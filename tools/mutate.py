@@ -133,7 +133,9 @@ EQUIVALENT = (
     Equivalent("max to min", r".", "more blocks are masked score by score, which changes nothing in them", function="n_block_unmasked_end"),
     Equivalent("mask every block", r"block >= unmasked_end|step\(n_block, false_type", "limits beyond the block's end mask nothing"),
     Equivalent(
-        "first softmax as a later one", r"softmax_scale_log2, true", "an origin of -inf makes no finite sum: origins move all the same"
+        "first softmax as a later one|another operand",
+        r"softmax_scale_log2, true",
+        "an origin of -inf makes no finite sum: origins move all the same",
     ),
     Equivalent("< to <=", r"group < kHeadDim", "one group more, of columns that the test of `column` keeps from being stored"),
     Equivalent("< to <=", r"8 \* block < kHeadDim", "differs only for columns that are not stored"),

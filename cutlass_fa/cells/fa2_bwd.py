@@ -85,7 +85,7 @@ class Fa2BwdCell(Cell):
     def dq_part_d(self) -> int:
         """Columns of dQ that a warp makes at a time: 32 registers a thread at most, where a warp's columns can be cut so."""
         columns = self.head_dim * self.dq_warps_m // WARPS
-        most = 1024 // (self.tile_m // self.dq_warps_m)
+        most = max(1024 // (self.tile_m // self.dq_warps_m) // MMA_COLUMNS, 1) * MMA_COLUMNS
         return next(part for part in range(min(columns, most), 0, -MMA_COLUMNS) if columns % part == 0)
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TextIO
 
 import ml_dtypes
@@ -12,15 +12,17 @@ import numpy as np
 from ..cell import Cell
 from ..dispatch import DispatchKey
 from ..dropout import dropout_mask
-from ..reference import attention_forward
+from ..reference import attention_backward, attention_forward
 from ..render import render
+from .backward import run_backward
 from .build import ExecutorKernel
-from .faults import ExecutorFault
+from .faults import ExecutorError, ExecutorFault
 from .forward import run_forward
 
 _DTYPES = {"bf16": np.dtype(ml_dtypes.bfloat16), "f16": np.dtype(np.float16)}
 _LSE_TOLERANCE = 1e-2
 _SOFTCAP, _DROPOUT_P, _WINDOW, _SINK_TOKENS = 30.0, 0.17, (50, 20), 5  # of cells that have them
+_BACKWARD_ULPS = 6  # of the largest gradient: P, dS, out and the result are rounded, and dS is a difference of rounded numbers
 _ULPS = 4  # of the largest output: P and out are rounded to the element type, each by half an ulp
 
 
@@ -37,23 +39,25 @@ class RunShape:
 
 
 def run_key(key: DispatchKey, stream: TextIO, *, shape: RunShape = RunShape(), seed: int = 0) -> bool:
-    """Run `key`'s kernel on standard normal numbers and report on `stream`; True when it is right.
+    """Run `key`'s kernel on standard normal numbers and report on `stream`; True when it is right. A backward's runs with the passes
+    around it.
 
-    seed: draws the numbers and the schedule. Raises UnsupportedCell, ExecutorError (no compiler), HostCompileError, and what a call on
-    the GPU raises for a shape that makes no sense.
+    seed: draws the numbers and the schedule. Raises UnsupportedCell, ExecutorError (no compiler; a pass, which runs with its backward),
+    HostCompileError, and what a call on the GPU raises for a shape that makes no sense.
     """
+    if key.direction == "bwd":
+        return _run_backward_key(key, stream, shape, seed)
+    if key.direction != "fwd":
+        main = replace(key, direction="bwd", split=False)
+        raise ExecutorError(f"{key} is a pass around a backward and runs with it: cutlass-fa run {main} --executor")
     cell = Cell.of(key)
     start = time.perf_counter()
     program = ExecutorKernel.build(render(cell))
     built = time.perf_counter()
-    head_dim = shape.head_dim or cell.head_dim
-    rng = np.random.default_rng(seed)
     dtype = _DTYPES[key.dtype]
-    q_shape = (shape.batch, shape.seqlen_q, shape.num_heads_q, head_dim)
-    kv_shape = (shape.batch, shape.seqlen_k, shape.num_heads_kv, head_dim)
-    q, k, v = (rng.standard_normal(each, dtype=np.float32).astype(dtype) for each in (q_shape, kv_shape, kv_shape))
+    q, k, v, _ = _arrays(key, shape, seed)
     print(f"{key}: {cell.summary}", file=stream)
-    print(f"compiled for this CPU in {built - start:.1f} s; q {q_shape}, k and v {kv_shape}, seed {seed}", file=stream)
+    print(f"compiled for this CPU in {built - start:.1f} s; q {q.shape}, k and v {k.shape}, seed {seed}", file=stream)
     dropout_p = _DROPOUT_P * cell.has_dropout
     options: dict[str, Any] = {
         "softcap": _SOFTCAP * cell.has_softcap,
@@ -75,6 +79,47 @@ def run_key(key: DispatchKey, stream: TextIO, *, shape: RunShape = RunShape(), s
     right = out_error <= allowed and lse_error <= _LSE_TOLERANCE
     verdict = "ok" if right else "WRONG"
     print(f"max error against float64: out {out_error:.2e} (allowed {allowed:.2e}), lse {lse_error:.2e}: {verdict}", file=stream)
+    return right
+
+
+def _arrays(key: DispatchKey, shape: RunShape, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """q, k, v and dout: standard normal numbers."""
+    head_dim, rng = shape.head_dim or key.head_dim, np.random.default_rng(seed)
+    q_shape = (shape.batch, shape.seqlen_q, shape.num_heads_q, head_dim)
+    kv_shape = (shape.batch, shape.seqlen_k, shape.num_heads_kv, head_dim)
+    q, k, v, dout = (
+        rng.standard_normal(each, dtype=np.float32).astype(_DTYPES[key.dtype]) for each in (q_shape, kv_shape, kv_shape, q_shape)
+    )
+    return q, k, v, dout
+
+
+def _run_backward_key(key: DispatchKey, stream: TextIO, shape: RunShape, seed: int) -> bool:
+    """As run_key, of a whole backward call; out and lse are the reference's."""
+    q, k, v, dout = _arrays(key, shape, seed)
+    softcap, dropout_p = _SOFTCAP * key.softcap, _DROPOUT_P * key.dropout
+    mask = dropout_mask(seed, 0, dropout_p, shape.batch, shape.num_heads_q, shape.seqlen_q, shape.seqlen_k) if dropout_p else None
+    options: dict[str, Any] = {"causal": key.causal, "softcap": softcap, "dropout_mask": mask, "dropout_p": dropout_p}
+    out, lse = attention_forward(q, k, v, **options)
+    print(f"{key}: {Cell.of(key).summary}\nq {q.shape}, k and v {k.shape}, seed {seed}", file=stream)
+    start = time.perf_counter()
+    arrays = (dout, q, k, v, out.astype(q.dtype), lse.astype(np.float32))
+    more: dict[str, Any] = {"softcap": softcap, "dropout_p": dropout_p, "random_state": (seed, 0)}
+    more |= {"num_splits": 2 if key.split else 1, "num_copies": 2 if key.deterministic else 1}
+    try:
+        result = run_backward(key, *arrays, seed=seed, **more)
+    except ExecutorFault as fault:
+        print(fault.report, file=stream)
+        return False
+    print(f"compiled for this CPU and ran in {time.perf_counter() - start:.1f} s", file=stream)
+    expected = attention_backward(dout, q, k, v, **options)
+    right, errors = True, []
+    for name in ("dq", "dk", "dv"):
+        exact = getattr(expected, name)
+        allowed = _BACKWARD_ULPS * float(ml_dtypes.finfo(q.dtype).eps) * float(np.abs(exact).max())
+        error = _max_error(getattr(result, name), exact)
+        right &= error <= allowed
+        errors.append(f"{name} {error:.2e} (allowed {allowed:.2e})")
+    print(f"max error against float64: {', '.join(errors)}: {'ok' if right else 'WRONG'}", file=stream)
     return right
 
 

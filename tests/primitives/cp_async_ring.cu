@@ -33,11 +33,11 @@ struct Params {
 CUTLASS_FA_DEVICE void produce(SharedStorage& shared, Params const& params, int lane) {
   PipelineState<kStages> pipe;
   for (int step = 0; step < params.steps; ++step, pipe.advance()) {
-    if constexpr (kWaitEmpty) { shared.empty[pipe.stage].wait(pipe.parity ^ 1); }
-    if constexpr (kArriveFirst) { cp_async_mbarrier_arrive(shared.full[pipe.stage]); }
-    cp_async(shared.tile[pipe.stage] + 16 * lane, params.tiles + step * kTileBytes + 16 * lane);
-    if constexpr (kArrivePlainly) { shared.full[pipe.stage].arrive(); }
-    if constexpr (kArrive && !kArriveFirst && !kArrivePlainly) { cp_async_mbarrier_arrive(shared.full[pipe.stage]); }
+    if constexpr (kWaitEmpty) { shared.empty[pipe.stage()].wait(pipe.parity() ^ 1); }
+    if constexpr (kArriveFirst) { cp_async_mbarrier_arrive(shared.full[pipe.stage()]); }
+    cp_async(shared.tile[pipe.stage()] + 16 * lane, params.tiles + step * kTileBytes + 16 * lane);
+    if constexpr (kArrivePlainly) { shared.full[pipe.stage()].arrive(); }
+    if constexpr (kArrive && !kArriveFirst && !kArrivePlainly) { cp_async_mbarrier_arrive(shared.full[pipe.stage()]); }
   }
 }
 
@@ -45,12 +45,12 @@ CUTLASS_FA_DEVICE void consume(SharedStorage& shared, Params const& params, int 
   uint32_t sums[4] = {1, 2, 3, 4};
   PipelineState<kStages> pipe;
   for (int step = 0; step < params.steps; ++step, pipe.advance()) {
-    if constexpr (kWaitFull) { shared.full[pipe.stage].wait(pipe.parity); }
+    if constexpr (kWaitFull) { shared.full[pipe.stage()].wait(pipe.parity()); }
     uint32_t words[4];
-    load_matrix_x4(words, shared.tile[pipe.stage] + lane % 8 * 64 + lane / 8 * 16);
+    load_matrix_x4(words, shared.tile[pipe.stage()] + lane % 8 * 64 + lane / 8 * 16);
     for (int j = 0; j < 4; ++j) { sums[j] = 3 * sums[j] + words[j]; }
     warp_sync();
-    if (lane == 0) { shared.empty[pipe.stage].arrive(); }
+    if (lane == 0) { shared.empty[pipe.stage()].arrive(); }
   }
   for (int j = 0; j < 4; ++j) { params.out[4 * lane + j] = sums[j]; }
 }

@@ -88,6 +88,9 @@ void tma_store(void const* map, void const* source, int const* coordinates, int 
   if (adds && store.map.element_bytes != sizeof(float)) {
     fault(site, "tma_reduce_add through a tensor map of %d-byte elements: it adds float32 here", store.map.element_bytes);
   }
+  for (int d = 0; d < rank; ++d) {
+    if (coordinates[d] < 0) { fault(site, "%s at coordinate %d of dimension %d: hardware refuses negative ones", store.name, coordinates[d], d); }
+  }
   std::copy_n(coordinates, rank, store.coordinates.begin());
   issue(std::move(store), source, 128);
 }

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // TMA towards global memory: a box of shared memory stored to, or added to, a tensor. Elements outside the tensor are left out.
+// A box may reach or lie past the tensor's end, not begin before its start: on an H100 (driver 580.159) a store or reduction at a negative
+// coordinate ended in an illegal instruction, where loads allow it.
 //
 // Plain writes to the source need fence_async_proxy by the threads that wrote, and a barrier between them and the thread that stores. That
 // thread commits and waits for its own stores: for the reads, before anyone overwrites the source (and before the CTA ends), or for
