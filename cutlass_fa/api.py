@@ -12,7 +12,7 @@ from .errors import InvalidArgument
 from .launch import ForwardPlan
 from .launches import forward_plan
 from .problem import Problem, check_pointers
-from .requests import PersistentMode, Window
+from .requests import MaskKind, PersistentMode, Window
 
 BACKENDS = ("cuda", "reference")
 
@@ -132,11 +132,15 @@ def _make_plan(library: ArrayLibrary, arrays: tuple[Any, ...], options: _Options
     return forward_plan(problem, kernels.get(problem.request.dispatch_key()))
 
 
-def _problem(library: ArrayLibrary, arrays: tuple[Any, ...], options: _Options, alibi_slopes: Any, arch: str) -> Problem:
-    softmax_scale, causal, window_size, sink_tokens, persistent, softcap, dropout_p, family = options
+def mask_of(window_size: tuple[int, ...], causal: bool) -> MaskKind:
+    """The mask of a call's arguments. Raises InvalidArgument where window_size is no pair, or a side of it below -1."""
     if len(window_size) != 2:
         raise InvalidArgument(f"window_size={window_size}: expected (left, right), each a number of keys or -1")
-    left, right = window_size
+    return Window(*window_size, causal=causal)
+
+
+def _problem(library: ArrayLibrary, arrays: tuple[Any, ...], options: _Options, alibi_slopes: Any, arch: str) -> Problem:
+    softmax_scale, causal, window_size, sink_tokens, persistent, softcap, dropout_p, family = options
     q, k, v, out, slopes = (None if array is None else library.spec(array) for array in (*arrays, alibi_slopes))
     assert q is not None and k is not None and v is not None
     return Problem.from_specs(
@@ -145,7 +149,7 @@ def _problem(library: ArrayLibrary, arrays: tuple[Any, ...], options: _Options, 
         v,
         out,
         arch=arch,
-        mask=Window(left, right, causal=causal),
+        mask=mask_of(window_size, causal),
         sink_tokens=sink_tokens,
         alibi_slopes=slopes,
         softmax_scale=softmax_scale,

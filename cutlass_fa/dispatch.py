@@ -186,7 +186,7 @@ class DispatchTable:
 BUILT_FLAGS: dict[tuple[str, str], tuple[str, ...]] = {
     ("fa2", "fwd"): ("causal", "sliding_window", "alibi", "sink", "softcap", "dropout"),
     ("fa3", "fwd"): ("causal", "sliding_window", "alibi", "sink", "softcap"),
-    ("fa2", "bwd"): ("causal", "softcap", "dropout", "deterministic", "split"),
+    ("fa2", "bwd"): ("causal", "sliding_window", "alibi", "sink", "softcap", "dropout", "deterministic", "split"),
     ("fa2", "bwd_preprocess"): (),
     ("fa2", "bwd_convert"): ("split",),
 }
@@ -286,6 +286,8 @@ DISPATCH_TABLE = DispatchTable(
         _fa2_bwd("sm_80", "bf16", 128, causal=True),
         _fa2_bwd("sm_80", "f16", 64),
         _fa2_bwd("sm_80", "bf16", 128, dropout=True),
+        _fa2_bwd("sm_80", "bf16", 128, causal=True, sliding_window=True),
+        _fa2_bwd("sm_80", "f16", 64, sliding_window=True, alibi=True, sink=True),
         _fa2_bwd("sm_86", "bf16", 256),
         _fa2_bwd("sm_89", "bf16", 64, causal=True),
         _fa2_bwd("sm_90a", "bf16", 128, causal=True),

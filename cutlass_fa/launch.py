@@ -86,11 +86,10 @@ def window_values(request: AttentionRequest) -> dict[str, int]:
     }
 
 
-def alibi_values(problem: Problem) -> dict[str, float]:
+def alibi_values(request: AttentionRequest, slopes: ArraySpec | None) -> dict[str, float]:
     """Where a sequence's slopes lie, and what makes them slopes of scores before the softmax's scale."""
-    slopes = problem.alibi_slopes
     own = slopes is not None and len(slopes.shape) == 2 and slopes.shape[0] > 1
-    scale = math.log2(math.e) / softmax_scales(problem.request)["softmax_scale_log2"]
+    scale = math.log2(math.e) / softmax_scales(request)["softmax_scale_log2"]
     return {"alibi_stride_batch": slopes.strides[0] if slopes is not None and own else 0, "alibi_scale": scale}
 
 

@@ -1,4 +1,4 @@
-"""Masks of the forward on a GPU, both families, by the test rule against an unmasked float64 computation with the mask applied."""
+"""Masks on a GPU, the forward of both families and the backward, by the test rule against float64 with the whole mask in memory."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import pytest
 
 import cutlass_fa
 from cutlass_fa.device import device_info
+from cutlass_fa.reference import Gradients
+from tests.backward_cases import SOFTCAP, Inputs
 from tests.covering import covering
-from tests.numerics import SEQLEN_PAIRS, check_forward
+from tests.numerics import SEQLEN_PAIRS, check_backward, check_forward
+from tests.test_gpu_backward import Call, case_of
 from tests.test_gpu_forward import Case
 
 pytestmark = pytest.mark.gpu
@@ -156,3 +159,66 @@ def test_thousand_runs_are_bitwise_equal(family: str) -> None:
         out, lse = cutlass_fa.flash_attn_func(q, k, v, **options)
         different += (out.view(np.uint16) != first.view(np.uint16)).sum() + (lse != first_lse).sum()
     assert int(different) == 0
+
+
+# ---- backward: of family fa2, on every GPU ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MaskedCall(Call):
+    """A backward under what `masks` names: "window", "sink" (which needs a window), "alibi"."""
+
+    masks: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return "-".join((super().__str__(), f"{self.case.window[0]}.{self.case.window[1]}", f"sinks{self.case.sinks}", *self.masks))
+
+    def inputs(self) -> Inputs:
+        import cupy
+
+        rng = cupy.random.default_rng(np.random.SeedSequence().generate_state(1)[0])
+        flags: dict[str, Any] = {"causal": self.causal, "softcap": self.softcap, "dropout_p": self.dropout_p}
+        flags |= {name: name in self.masks for name in ("window", "sink", "alibi")}
+        return Inputs.of(self.case, cupy, rng, dtype=self.dtype, head_dim=self.head_dim, **flags)
+
+
+MASKS = (("window",), ("alibi",), ("window", "sink"), ("window", "alibi"), ("window", "sink", "alibi"))
+
+
+def covering_backward_calls() -> list[MaskedCall]:
+    factors = {
+        "dtype": ("f16", "bf16"),
+        "head_dim": (64, 80, 96, 128, 192, 256),
+        "causal": (False, True),
+        "heads": ("mha", "gqa4", "mqa"),
+        "seqlens": SEQLEN_PAIRS,
+        "window": WINDOWS,
+        "sinks": (1, 4, 200),
+        "masks": MASKS,
+        "softcap": (0.0, SOFTCAP),
+        "dropout_p": (0.0, 0.17),
+        "deterministic": (False, True),
+    }
+    calls = []
+    for chosen in covering(factors, 2):
+        case = case_of(chosen.pop("heads"), chosen.pop("seqlens"), window=chosen.pop("window"), sinks=chosen.pop("sinks"))
+        if chosen["causal"] and case.window[0] == -1:
+            case = replace(case, window=(50, 0))  # unbounded on the left it would be the causal mask alone
+        calls.append(MaskedCall(case=case, **chosen))
+    return calls
+
+
+@pytest.mark.parametrize("call", covering_backward_calls(), ids=str)
+def test_backward(call: MaskedCall) -> None:
+    call.check()
+
+
+@pytest.mark.parametrize("masks", MASKS, ids="-".join)
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_backward_that_recomputes(causal: bool, masks: tuple[str, ...]) -> None:
+    call = MaskedCall("bf16", 128, causal, case_of("gqa4", (301, 517), window=(100, 40), has_dlse=True), masks=masks)
+    inputs = call.inputs()
+    options = {**inputs.call, "dlse": inputs.dlse}
+    arrays = (inputs.dout, inputs.q, inputs.k, inputs.v)
+    gradients = Gradients(*cutlass_fa.flash_attn_backward(*arrays, recompute=True, **options))
+    check_backward(gradients, *arrays, case=call, dlse=inputs.dlse, **inputs.options)

@@ -260,8 +260,7 @@ def test_mask_values_that_are_packed() -> None:
         spec, spec, spec, None, arch="sm_90a", mask=Window(3, -1), sink_tokens=99, alibi_slopes=slopes, softcap=5.0
     )
     assert window_values(problem.request) == {"window_left": 3, "window_right": 8, "sink_tokens": 8}
-    assert alibi_values(problem) == {"alibi_stride_batch": 6, "alibi_scale": pytest.approx(1 / 5.0)}
-    shared = replace(problem, alibi_slopes=ArraySpec((4,), (1,), "float32", 0))
-    assert alibi_values(shared)["alibi_stride_batch"] == 0
+    assert alibi_values(problem.request, problem.alibi_slopes) == {"alibi_stride_batch": 6, "alibi_scale": pytest.approx(1 / 5.0)}
+    assert alibi_values(problem.request, ArraySpec((4,), (1,), "float32", 0))["alibi_stride_batch"] == 0
     far = replace(problem.request, mask=Window(2**31 - 1, 2**31 - 1))
     assert window_values(far) == {"window_left": 8, "window_right": 8, "sink_tokens": 8}

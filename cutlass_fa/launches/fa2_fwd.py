@@ -58,7 +58,7 @@ def pack_params(problem: Problem, cell: Fa2FwdCell, device: DeviceInfo) -> np.nd
             **strides,
             **softmax_scales(request),
             **window_values(request),
-            **alibi_values(problem),
+            **alibi_values(request, problem.alibi_slopes),
             "dropout_seed": 0,
             "dropout_offset": 0,
             "batch": request.batch,

@@ -83,7 +83,7 @@ def pack_params(problem: Problem, cell: Fa3FwdCell, device: DeviceInfo) -> np.nd
             "num_tiles": tile_count(num_m_blocks, work_heads, request.batch),
             **softmax_scales(request),
             **window_values(request),
-            **alibi_values(problem),
+            **alibi_values(request, problem.alibi_slopes),
             "heads_per_section": heads_per_section(problem.k, work_heads, device),
         },
     )
