@@ -141,7 +141,6 @@ CUTLASS_FA_DEVICE int query_end(Params const& params, int key) {
   return key < params.sink_tokens ? params.seqlen_q : min(window_end(params, key), params.seqlen_q);
 }
 
-
 // The first block of queries, m_begin or after it, that sees none of the keys: found again where it is needed, rather than kept.
 CUTLASS_FA_DEVICE int m_end_of(Params const& params, int n_block, int m_begin) {
   int const end = max(query_end(params, n_block * kTileN), query_end(params, (n_block + 1) * kTileN - 1));

@@ -13,12 +13,13 @@ from cutlass_fa.arch.limits import limits_of
 from cutlass_fa.arch.sm90 import FA3_FWD_TILES
 from cutlass_fa.cell import Cell
 from cutlass_fa.cells.fa3_fwd import Fa3FwdCell
-from cutlass_fa.dispatch import DISPATCH_TABLE, FLAG_WORDS, DispatchKey
+from cutlass_fa.dispatch import FLAG_WORDS, DispatchKey
 from cutlass_fa.errors import UnsupportedCell
 from cutlass_fa.params import fa3_fwd_params, params_dtype
 from cutlass_fa.render import environment, include_dir, render, template_dir
+from tests.keys import sampled_keys
 
-KEYS = [*DISPATCH_TABLE.valid_keys(), *(key for key in DISPATCH_TABLE if key.gqa_ratio > 1)]
+KEYS = sampled_keys()
 FA3_FWD_KEYS = [key for key in KEYS if (key.family, key.direction) == ("fa3", "fwd")]
 TEMPLATES = sorted(template_dir().rglob("*.j2"))
 HEADERS = sorted(include_dir().rglob("*.cuh"))
