@@ -12,7 +12,7 @@ from .errors import InvalidArgument
 from .launch import ForwardPlan
 from .launches import forward_plan
 from .problem import Problem, check_pointers
-from .requests import PersistentMode, PositionBias, Window
+from .requests import MaskKind, PersistentMode, Window
 
 BACKENDS = ("cuda", "reference")
 
@@ -65,7 +65,7 @@ def flash_attn_func(
     Raises InvalidArgument, UnsupportedDtype, UnsupportedHeadDim, InvalidGqaRatio, EmptyBatch, ZeroSeqlen, SeqlenOverflow, SinkWithoutMask
     for bad input, UnsupportedCell for a combination without a kernel, MockMode where there is no GPU, CompileError, CompileDisabled.
     """
-    options = (softmax_scale, causal, tuple(window_size), sink_tokens, alibi_slopes is not None, persistent, softcap, dropout_p, family)
+    options = (softmax_scale, causal, tuple(window_size), sink_tokens, persistent, softcap, dropout_p, family)
     random_state = (dropout_seed, dropout_offset)
     if dropout_p:
         check_random_state(random_state)
@@ -74,7 +74,7 @@ def flash_attn_func(
     if backend != "cuda":
         raise InvalidArgument(f"backend={backend!r}: accepted are {', '.join(BACKENDS)}")
     library = library_of(type(q))
-    plan = _plan(library, (q, k, v) if out is None else (q, k, v, out), options)
+    plan = _plan(library, (q, k, v) if out is None else (q, k, v, out), options, alibi_slopes)
     problem = plan.problem
     device = problem.q.device
     if out is None:
@@ -85,63 +85,73 @@ def flash_attn_func(
     if return_lse:
         lse = library.empty(problem.lse_shape, "f32", device)
         (lse_pointer,) = library.pointers((lse,))
-    plan.run(pointers[:3], pointers[3], lse_pointer, library.current_stream(device), random_state)
+    slopes_pointer = 0 if alibi_slopes is None else library.pointers((alibi_slopes,))[0]
+    plan.run(pointers[:3], pointers[3], lse_pointer, library.current_stream(device), random_state, slopes_pointer)
     return (out, lse) if return_lse else out
 
 
-# The arguments of a call that are neither arrays nor new at every call: softmax_scale, causal, window_size, sink_tokens, whether there are
-# ALiBi slopes, persistent, softcap, dropout_p, family. A plain tuple, because it is made and hashed on every call.
-_Options = tuple[float | None, bool, tuple[int, ...], int, bool, PersistentMode | None, float, float, str | None]
+# The arguments of a call that are neither arrays nor new at every call: softmax_scale, causal, window_size, sink_tokens,
+# persistent, softcap, dropout_p, family. A plain tuple, because it is made and hashed on every call.
+_Options = tuple[float | None, bool, tuple[int, ...], int, PersistentMode | None, float, float, str | None]
 
 _plans: dict[tuple[Any, ...], ForwardPlan] = {}
 _MAX_PLANS = 4096
 
 
-def _plan(library: ArrayLibrary, arrays: tuple[Any, ...], options: _Options) -> ForwardPlan:
+def _plan(library: ArrayLibrary, arrays: tuple[Any, ...], options: _Options, alibi_slopes: Any) -> ForwardPlan:
     """The launch plan of a call, made at the first call of its kind and found by shapes, strides, dtypes and options afterwards.
 
     arrays: q, k, v, and out where the caller brings it."""
     try:
-        kind = (library.signatures(arrays), options)
+        kind = (library.signatures(arrays), options, None if alibi_slopes is None else library.signatures((alibi_slopes,)))
     except AttributeError:
-        check_one_library(("q", "k", "v", "out")[: len(arrays)], arrays)
+        _check_one_library(arrays, alibi_slopes)
         raise
     plan = _plans.get(kind)
     if plan is None:
-        check_one_library(("q", "k", "v", "out")[: len(arrays)], arrays)
-        q, k, v = arrays[:3]
-        plan = _make_plan(library, q, k, v, arrays[3] if len(arrays) == 4 else None, options)
+        _check_one_library(arrays, alibi_slopes)
+        plan = _make_plan(library, (*arrays, None)[:4], options, alibi_slopes)
         if len(_plans) >= _MAX_PLANS:
             _plans.clear()
         _plans[kind] = plan
     return plan
 
 
-def _make_plan(library: ArrayLibrary, q: Any, k: Any, v: Any, out: Any, options: _Options) -> ForwardPlan:
-    device = library.spec(q).device
+def _check_one_library(arrays: tuple[Any, ...], alibi_slopes: Any) -> None:
+    check_one_library((*("q", "k", "v", "out")[: len(arrays)], "alibi_slopes"), (*arrays, alibi_slopes))
+
+
+def _make_plan(library: ArrayLibrary, arrays: tuple[Any, ...], options: _Options, alibi_slopes: Any) -> ForwardPlan:
+    """arrays: q, k, v, and out or None."""
+    device = library.spec(arrays[0]).device
     # Shapes are checked for CPU arrays too, as for a Hopper GPU, before their place in memory is refused.
-    problem = _problem(library, q, k, v, out, options, device_info(device).arch if device >= 0 else "sm_90a")
+    problem = _problem(library, arrays, options, alibi_slopes, device_info(device).arch if device >= 0 else "sm_90a")
     if device < 0:
         raise not_on_gpu(library)
     check_current_device(device)
     return forward_plan(problem, kernels.get(problem.request.dispatch_key()))
 
 
-def _problem(library: ArrayLibrary, q: Any, k: Any, v: Any, out: Any, options: _Options, arch: str) -> Problem:
-    softmax_scale, causal, window_size, sink_tokens, has_alibi, persistent, softcap, dropout_p, family = options
+def mask_of(window_size: tuple[int, ...], causal: bool) -> MaskKind:
+    """The mask of a call's arguments. Raises InvalidArgument where window_size is no pair, or a side of it below -1."""
     if len(window_size) != 2:
         raise InvalidArgument(f"window_size={window_size}: expected (left, right), each a number of keys or -1")
-    left, right = window_size
-    spec = library.spec
+    return Window(*window_size, causal=causal)
+
+
+def _problem(library: ArrayLibrary, arrays: tuple[Any, ...], options: _Options, alibi_slopes: Any, arch: str) -> Problem:
+    softmax_scale, causal, window_size, sink_tokens, persistent, softcap, dropout_p, family = options
+    q, k, v, out, slopes = (None if array is None else library.spec(array) for array in (*arrays, alibi_slopes))
+    assert q is not None and k is not None and v is not None
     return Problem.from_specs(
-        spec(q),
-        spec(k),
-        spec(v),
-        None if out is None else spec(out),
+        q,
+        k,
+        v,
+        out,
         arch=arch,
-        mask=Window(left, right, causal=causal),
+        mask=mask_of(window_size, causal),
         sink_tokens=sink_tokens,
-        position_bias=PositionBias(has_alibi),
+        alibi_slopes=slopes,
         softmax_scale=softmax_scale,
         softcap=softcap,
         dropout_p=dropout_p,
@@ -166,7 +176,8 @@ def _reference(
     library = library_of(type(q))
     if library.name != "NumPy":
         raise InvalidArgument(f"backend='reference' takes numpy.ndarray; q is a {library.name} array: use cupy.asnumpy or .cpu().numpy()")
-    request = _problem(library, q, k, v, out, options, "sm_90a").request  # refuses what the kernels refuse
+    _check_one_library((q, k, v) if out is None else (q, k, v, out), alibi_slopes)
+    request = _problem(library, (q, k, v, out), options, alibi_slopes, "sm_90a").request  # refuses what the kernels refuse
     softmax_scale, causal, window_size, sink_tokens = options[:4]
     mask = None
     if request.dropout_p > 0:

@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from . import kernels
-from .api import BACKENDS, check_random_state, flash_attn_func
+from .api import BACKENDS, check_random_state, flash_attn_func, mask_of
 from .arrays import ArrayLibrary, check_one_library, library_of, not_on_gpu
 from .device import check_current_device, device_info
 from .errors import InvalidArgument
 from .launches.fa2_bwd import BackwardPointers, Fa2BwdPlan
 from .problem import ALIGNMENT_BYTES
 from .problem_backward import BackwardProblem
-from .requests import Window
 
-_Options = tuple[float | None, bool, float, float, bool, bool]
+# softmax_scale, causal, window_size, sink_tokens, softcap, dropout_p, deterministic, recompute.
+_Options = tuple[float | None, bool, tuple[int, ...], int, float, float, bool, bool]
 
 
 def flash_attn_backward(
@@ -27,6 +27,9 @@ def flash_attn_backward(
     *,
     softmax_scale: float | None = None,
     causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    sink_tokens: int = 0,
+    alibi_slopes: Any = None,
     softcap: float = 0.0,
     dropout_p: float = 0.0,
     dropout_seed: int = 0,
@@ -41,8 +44,9 @@ def flash_attn_backward(
 ) -> tuple[Any, Any, Any]:
     """Gradients of sum(out * dout) + sum(lse * dlse) by q, k and v, without the score matrix in memory (FlashAttention-2: Dao 2023).
 
-    dout: like out, (batch, seqlen_q, num_heads_q, head_dim). q, k, v, softmax_scale, causal, softcap, dropout_p, dropout_seed and
-        dropout_offset: as the forward had them; float16 or bfloat16, CuPy or PyTorch tensors on the GPU that need no gradient themselves.
+    dout: like out, (batch, seqlen_q, num_heads_q, head_dim). q, k, v: as the forward had them; float16 or bfloat16, CuPy or PyTorch tensors
+        on the GPU that need no gradient themselves. softmax_scale, causal, window_size, sink_tokens, alibi_slopes, softcap, dropout_p,
+        dropout_seed and dropout_offset: as the forward had them.
     out, lse: what the forward returned, lse float32 (batch, num_heads_q, seqlen_q); or recompute=True and neither: the call runs the
         forward again, and nothing but q, k, v and dout need be kept for it.
     deterministic: equal calls give equal bits of dq (dk and dv always have them), for the time and the float32 memory of copies of dq.
@@ -56,20 +60,21 @@ def flash_attn_backward(
     Fp8BackwardUnsupported for bad input, UnsupportedCell for a combination without a kernel, MockMode where there is no GPU,
     CompileError, CompileDisabled.
     """
-    options = (softmax_scale, causal, softcap, dropout_p, deterministic, recompute)
+    options = (softmax_scale, causal, tuple(window_size), sink_tokens, softcap, dropout_p, deterministic, recompute)
     random_state = (dropout_seed, dropout_offset)
     gradients = (dq, dk, dv)
     if dropout_p:
         check_random_state(random_state)
     if backend == "reference":
-        return _reference(dout, q, k, v, out, lse, dlse, gradients, options, random_state)
+        return _reference((dout, q, k, v, out, lse, dlse, *gradients, alibi_slopes), options, random_state)
     if backend != "cuda":
         raise InvalidArgument(f"backend={backend!r}: accepted are {', '.join(BACKENDS)}")
     library = library_of(type(q))
-    plan = _plan(library, dout, q, k, v, out, lse, dlse, gradients, options)
+    plan = _plan(library, (dout, q, k, v, out, lse, dlse, *gradients, alibi_slopes), options)
     problem, device = plan.problem, plan.problem.q.device
     if recompute:
         forward: dict[str, Any] = {"softmax_scale": softmax_scale, "causal": causal, "softcap": softcap}
+        forward |= {"window_size": window_size, "sink_tokens": sink_tokens, "alibi_slopes": alibi_slopes}
         forward |= {"dropout_p": dropout_p, "dropout_seed": dropout_seed, "dropout_offset": dropout_offset}
         out, lse = flash_attn_func(q, k, v, return_lse=True, **forward)
     fresh = (
@@ -78,10 +83,12 @@ def flash_attn_backward(
     )
     dq, dk, dv = fresh
     workspace = library.empty((plan.workspace.floats,), "f32", device)
-    address = library.pointers([x for x in (q, k, v, out, dout, lse, dq, dk, dv, workspace, dlse) if x is not None])
-    pointers = BackwardPointers(*address[:9], *(address[10:] or (0,)))
+    given = (q, k, v, out, dout, lse, dq, dk, dv, dlse, alibi_slopes)
+    found = iter(library.pointers([x for x in (workspace, *given) if x is not None]))
+    start = next(found)
+    pointers = BackwardPointers(*(0 if x is None else next(found) for x in given))
     _check_pointers(pointers)
-    plan.run(pointers, address[9], library.current_stream(device), random_state)
+    plan.run(pointers, start, library.current_stream(device), random_state)
     return dq, dk, dv
 
 
@@ -89,22 +96,13 @@ _plans: dict[tuple[Any, ...], Fa2BwdPlan] = {}
 _MAX_PLANS = 4096
 
 
-def _plan(
-    library: ArrayLibrary,
-    dout: Any,
-    q: Any,
-    k: Any,
-    v: Any,
-    out: Any,
-    lse: Any,
-    dlse: Any,
-    gradients: tuple[Any, Any, Any],
-    options: _Options,
-) -> Fa2BwdPlan:
+# Arrays of a call in the order of this module's tuples; the last seven may be None.
+_NAMES = ("dout", "q", "k", "v", "out", "lse", "dlse", "dq", "dk", "dv", "alibi_slopes")
+
+
+def _plan(library: ArrayLibrary, arrays: tuple[Any, ...], options: _Options) -> Fa2BwdPlan:
     """The launch plan of a call, made at the first call of its kind and found by shapes, strides, dtypes and options afterwards."""
-    arrays = (dout, q, k, v, out, lse, dlse, *gradients)
-    names = ("dout", "q", "k", "v", "out", "lse", "dlse", "dq", "dk", "dv")
-    check_one_library(("q", *names), (q, *arrays))
+    check_one_library(("q", *_NAMES), (arrays[1], *arrays))
     given = tuple(array is not None for array in arrays)
     kind = (library.signatures([array for array in arrays if array is not None]), given, options)
     plan = _plans.get(kind)
@@ -129,8 +127,8 @@ def _make_plan(library: ArrayLibrary, arrays: tuple[Any, ...], options: _Options
 
 
 def _problem(library: ArrayLibrary, arrays: tuple[Any, ...], options: _Options, arch: str, num_sms: int | None) -> BackwardProblem:
-    softmax_scale, causal, softcap, dropout_p, deterministic, recompute = options
-    dout, q, k, v, out, lse, dlse, dq, dk, dv = (None if array is None else library.spec(array) for array in arrays)
+    softmax_scale, causal, window_size, sink_tokens, softcap, dropout_p, deterministic, recompute = options
+    dout, q, k, v, out, lse, dlse, dq, dk, dv, alibi_slopes = (None if array is None else library.spec(array) for array in arrays)
     for name, spec in (("dout", dout), ("q", q), ("k", k), ("v", v)):
         if spec is None:
             raise InvalidArgument(f"{name} is None: dout, q, k and v are needed")
@@ -146,7 +144,9 @@ def _problem(library: ArrayLibrary, arrays: tuple[Any, ...], options: _Options, 
         (dq, dk, dv),
         recompute=recompute,
         arch=arch,
-        mask=Window(-1, -1, causal=causal),
+        mask=mask_of(window_size, causal),
+        sink_tokens=sink_tokens,
+        alibi_slopes=alibi_slopes,
         softmax_scale=softmax_scale,
         softcap=softcap,
         dropout_p=dropout_p,
@@ -156,35 +156,26 @@ def _problem(library: ArrayLibrary, arrays: tuple[Any, ...], options: _Options, 
 
 
 def _check_pointers(pointers: BackwardPointers) -> None:
-    """Raises InvalidArgument, naming the array, unless every address is a multiple of 16 bytes (of 4 for lse and dlse)."""
+    """Raises InvalidArgument, naming the array, unless every address is a multiple of 16 bytes (of 4 for lse, dlse and alibi_slopes)."""
     for name, pointer in vars(pointers).items():
-        alignment = 4 if name in ("lse", "dlse") else ALIGNMENT_BYTES
+        alignment = 4 if name in ("lse", "dlse", "alibi_slopes") else ALIGNMENT_BYTES
         if pointer % alignment:
             raise InvalidArgument(f"{name} starts at address {pointer:#x}, not a multiple of {alignment} bytes; copy it to a fresh array")
 
 
-def _reference(
-    dout: Any,
-    q: Any,
-    k: Any,
-    v: Any,
-    out: Any,
-    lse: Any,
-    dlse: Any,
-    gradients: tuple[Any, Any, Any],
-    options: _Options,
-    random_state: tuple[int, int],
-) -> tuple[Any, Any, Any]:
+def _reference(arrays: tuple[Any, ...], options: _Options, random_state: tuple[int, int]) -> tuple[Any, Any, Any]:
     """The same call on NumPy arrays, in float64 from q, k, v and dout alone, rounded to q's dtype."""
     from .dropout import dropout_mask
     from .reference import attention_backward
 
+    dout, q, k, v, _, _, dlse, *gradients, alibi_slopes = arrays
     library = library_of(type(q))
     if library.name != "NumPy":
         raise InvalidArgument(f"backend='reference' takes numpy.ndarray; q is a {library.name} array: use cupy.asnumpy or .cpu().numpy()")
-    request = _problem(library, (dout, q, k, v, out, lse, dlse, *gradients), options, "sm_90a", None).request
-    softmax_scale, causal, softcap, dropout_p, _, _ = options
+    request = _problem(library, arrays, options, "sm_90a", None).request
+    softmax_scale, causal, window_size, sink_tokens, softcap, dropout_p, _, _ = options
     forward: dict[str, Any] = {"softmax_scale": softmax_scale, "causal": causal, "softcap": softcap}
+    forward |= {"window_size": window_size, "sink_tokens": sink_tokens, "alibi_slopes": alibi_slopes}
     if dropout_p:
         sizes = (request.batch, request.num_heads_q, request.seqlen_q, request.seqlen_k)
         forward |= {"dropout_mask": dropout_mask(*random_state, dropout_p, *sizes), "dropout_p": dropout_p}

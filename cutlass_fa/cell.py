@@ -109,12 +109,20 @@ class Cell(ABC):
         return self.key.causal
 
     @property
+    def is_packed(self) -> bool:
+        return self.key.gqa_ratio > 1
+
+    @property
     def has_window(self) -> bool:
         return self.key.sliding_window
 
     @property
     def has_sink(self) -> bool:
         return self.key.sink
+
+    @property
+    def has_alibi(self) -> bool:
+        return self.key.alibi
 
     @property
     def has_whole_range(self) -> bool:

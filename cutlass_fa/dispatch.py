@@ -184,9 +184,9 @@ class DispatchTable:
 
 # What has a template: (family, direction) -> the presence flags that it knows.
 BUILT_FLAGS: dict[tuple[str, str], tuple[str, ...]] = {
-    ("fa2", "fwd"): ("causal", "sliding_window", "sink", "softcap", "dropout"),
-    ("fa3", "fwd"): ("causal", "sliding_window", "sink", "softcap"),
-    ("fa2", "bwd"): ("causal", "softcap", "dropout", "deterministic", "split"),
+    ("fa2", "fwd"): ("causal", "sliding_window", "alibi", "sink", "softcap", "dropout"),
+    ("fa3", "fwd"): ("causal", "sliding_window", "alibi", "sink", "softcap"),
+    ("fa2", "bwd"): ("causal", "sliding_window", "alibi", "sink", "softcap", "dropout", "deterministic", "split"),
     ("fa2", "bwd_preprocess"): (),
     ("fa2", "bwd_convert"): ("split",),
 }
@@ -264,6 +264,7 @@ DISPATCH_TABLE = DispatchTable(
         _fa3_fwd("bf16", 256, causal=True),
         _fa3_fwd("bf16", 128, causal=True, sliding_window=True),
         _fa3_fwd("bf16", 128, causal=True, sliding_window=True, sink=True),
+        _fa3_fwd("bf16", 128, causal=True, alibi=True),
         _fa3_fwd("bf16", 64, sliding_window=True),
         _fa2_fwd("sm_80", "bf16", 128),
         _fa2_fwd("sm_80", "bf16", 128, causal=True),
@@ -271,6 +272,7 @@ DISPATCH_TABLE = DispatchTable(
         _fa2_fwd("sm_80", "bf16", 128, softcap=True),
         _fa2_fwd("sm_80", "bf16", 128, causal=True, dropout=True),
         _fa2_fwd("sm_80", "bf16", 128, causal=True, sliding_window=True),
+        _fa2_fwd("sm_80", "bf16", 128, alibi=True),
         _fa2_fwd("sm_80", "bf16", 64, sliding_window=True),
         _fa2_fwd("sm_80", "bf16", 64, sliding_window=True, sink=True),
         _fa2_fwd("sm_80", "bf16", 64, causal=True),
@@ -284,6 +286,8 @@ DISPATCH_TABLE = DispatchTable(
         _fa2_bwd("sm_80", "bf16", 128, causal=True),
         _fa2_bwd("sm_80", "f16", 64),
         _fa2_bwd("sm_80", "bf16", 128, dropout=True),
+        _fa2_bwd("sm_80", "bf16", 128, causal=True, sliding_window=True),
+        _fa2_bwd("sm_80", "f16", 64, sliding_window=True, alibi=True, sink=True),
         _fa2_bwd("sm_86", "bf16", 256),
         _fa2_bwd("sm_89", "bf16", 64, causal=True),
         _fa2_bwd("sm_90a", "bf16", 128, causal=True),

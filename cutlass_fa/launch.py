@@ -29,9 +29,12 @@ class ForwardPlan(Protocol):
     problem: Problem
     kernel: Kernel
 
-    def run(self, qkv: tuple[int, ...], out: int, lse: int, stream: int, random_state: tuple[int, int] = (0, 0)) -> None:
+    def run(
+        self, qkv: tuple[int, ...], out: int, lse: int, stream: int, random_state: tuple[int, int] = (0, 0), alibi_slopes: int = 0
+    ) -> None:
         """Launch on the device addresses of q, k and v, of out, and of lse (0: not written), on a CUstream. Asynchronous; may be captured
-        in a CUDA graph. random_state: seed and offset of dropout, each a 64-bit number; without dropout not looked at.
+        in a CUDA graph. random_state: seed and offset of dropout, each a 64-bit number; alibi_slopes: an address; neither is looked at by
+        a kernel that has no such thing.
 
         The caller's current device must be the plan's. Raises LaunchError or the driver's error."""
 
@@ -81,6 +84,13 @@ def window_values(request: AttentionRequest) -> dict[str, int]:
         "window_right": request.seqlen_q if right == -1 else min(right, request.seqlen_q),
         "sink_tokens": min(request.sink_tokens, request.seqlen_k),
     }
+
+
+def alibi_values(request: AttentionRequest, slopes: ArraySpec | None) -> dict[str, float]:
+    """Where a sequence's slopes lie, and what makes them slopes of scores before the softmax's scale."""
+    own = slopes is not None and len(slopes.shape) == 2 and slopes.shape[0] > 1
+    scale = math.log2(math.e) / softmax_scales(request)["softmax_scale_log2"]
+    return {"alibi_stride_batch": slopes.strides[0] if slopes is not None and own else 0, "alibi_scale": scale}
 
 
 def tile_count(num_m_blocks: int, heads: int, batch: int) -> int:

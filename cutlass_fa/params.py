@@ -70,6 +70,9 @@ _HEADS_PER_SECTION = ParamField("heads_per_section", "int", "(batch, head) pairs
 _WINDOW_LEFT = ParamField("window_left", "int", "keys before a query's position that it sees")
 _WINDOW_RIGHT = ParamField("window_right", "int", "keys after a query's position that it sees")
 _SINK_TOKENS = ParamField("sink_tokens", "int", "first keys, seen however far they lie before a window; at most seqlen_k")
+ALIBI_SLOPES = ParamField("alibi_slopes", "float*", "(num_heads_q,) or (batch, num_heads_q)")
+ALIBI_STRIDE = ParamField("alibi_stride_batch", "int64_t", "elements; 0 where all sequences share the slopes")
+ALIBI_SCALE = ParamField("alibi_scale", "float", "log2(e) / softmax_scale_log2: a bias in units of the scores")
 
 DROPOUT_STATE = (  # after the addresses: a run writes them too
     ParamField("dropout_seed", "uint64_t", "the random numbers' key"),
@@ -92,24 +95,37 @@ def window_params(causal: bool, sink: bool) -> tuple[ParamField, ...]:
 
 
 def fa3_fwd_params(
-    causal: bool, packed: bool, dynamic_scheduler: bool, softcap: bool = False, window: bool = False, sink: bool = False
+    causal: bool,
+    packed: bool,
+    dynamic_scheduler: bool,
+    softcap: bool = False,
+    window: bool = False,
+    sink: bool = False,
+    alibi: bool = False,
 ) -> tuple[ParamField, ...]:
     """The fields of an fa3 forward cell, widest first so that no compiler pads between them."""
     heads = _NUM_HEADS_KV if packed else _HEADS_PER_KV_HEAD
     scale = CAPPED_SCALE if softcap else (SCALE,)
-    others = (*_FORWARD_SIZES, *scale, heads) + (_HEADS_PER_SECTION,) * causal + window_params(causal, sink) * window
-    return (*_OUTPUTS, *(_TILE_COUNTER,) * dynamic_scheduler, *strides("o"), *others)
+    others = (
+        (*_FORWARD_SIZES, *scale, heads) + (_HEADS_PER_SECTION,) * causal + window_params(causal, sink) * window + (ALIBI_SCALE,) * alibi
+    )
+    pointers = (*_OUTPUTS, *(_TILE_COUNTER,) * dynamic_scheduler) + (ALIBI_SLOPES,) * alibi
+    return (*pointers, *strides("o")) + (ALIBI_STRIDE,) * alibi + others
 
 
-def fa2_fwd_params(causal: bool, softcap: bool, dropout: bool, window: bool = False, sink: bool = False) -> tuple[ParamField, ...]:
+def fa2_fwd_params(
+    causal: bool, softcap: bool, dropout: bool, window: bool = False, sink: bool = False, alibi: bool = False
+) -> tuple[ParamField, ...]:
     """The fields of an fa2 forward cell: what a run writes, then the other wide ones, then the narrow ones."""
-    wide = (*_INPUTS, *_OUTPUTS) + DROPOUT_STATE * dropout + (*strides("q"), *strides("k"), *strides("v"), *strides("o"))
+    pointers = (*_INPUTS, *_OUTPUTS) + (ALIBI_SLOPES,) * alibi
+    wide = pointers + DROPOUT_STATE * dropout + (*strides("q"), *strides("k"), *strides("v"), *strides("o")) + (ALIBI_STRIDE,) * alibi
     scale = CAPPED_SCALE if softcap else (SCALE,)
     sizes = tuple(field for field in _FORWARD_SIZES if field.name != "num_tiles")
     return (
         (*wide, *sizes, *scale, _HEADS_PER_KV_HEAD)
         + (_HEADS_PER_SECTION,) * causal
         + window_params(causal, sink) * window
+        + (ALIBI_SCALE,) * alibi
         + DROPOUT_RATE * dropout
     )
 

@@ -17,13 +17,15 @@ _ELEMENT_BYTES = 2
 
 @dataclass(frozen=True)
 class Problem:
-    """q (batch, seqlen_q, num_heads_q, head_dim), k and v (batch, seqlen_k, num_heads_kv, head_dim), out like q; strides in elements."""
+    """q (batch, seqlen_q, num_heads_q, head_dim), k and v (batch, seqlen_k, num_heads_kv, head_dim), out like q; strides in elements.
+    alibi_slopes (num_heads_q,) or (batch, num_heads_q), or None."""
 
     request: FwdRequest
     q: ArraySpec
     k: ArraySpec
     v: ArraySpec
     out: ArraySpec
+    alibi_slopes: ArraySpec | None = None
 
     @property
     def lse_shape(self) -> tuple[int, int, int]:
@@ -41,7 +43,7 @@ class Problem:
         arch: str,
         mask: MaskKind,
         sink_tokens: int = 0,
-        position_bias: PositionBias = PositionBias(),
+        alibi_slopes: ArraySpec | None = None,
         softmax_scale: float | None = None,
         softcap: float = 0.0,
         dropout_p: float = 0.0,
@@ -71,7 +73,7 @@ class Problem:
             dtype=q.dtype,
             mask=mask,
             sink_tokens=sink_tokens,
-            position_bias=position_bias,
+            position_bias=PositionBias(alibi_slopes is not None),
             softmax_scale=softmax_scale,
             softcap=softcap,
             dropout_p=dropout_p,
@@ -84,7 +86,9 @@ class Problem:
             check_strides(name, spec)
             if spec.device != q.device:
                 raise InvalidArgument(f"{name} is on device {spec.device} and q on device {q.device}: all arrays must be on one GPU")
-        return cls(request, q, k, v, out)
+        if alibi_slopes is not None:
+            check_slopes(alibi_slopes, q)
+        return cls(request, q, k, v, out, alibi_slopes)
 
 
 def check_pointers(pointers: tuple[int, ...]) -> None:
@@ -146,6 +150,21 @@ def check_strides(name: str, spec: ArraySpec) -> None:
                 f"{name} has strides {spec.strides} (elements): the stride of dimension {axis} must be a non-negative multiple of {step} "
                 f"({ALIGNMENT_BYTES} bytes); copy {name} to a contiguous array"
             )
+
+
+def check_slopes(slopes: ArraySpec, q: ArraySpec) -> None:
+    """Raises InvalidArgument unless ALiBi's slopes are float32, of each query head or of each sequence's, and on the GPU of q."""
+    batch, _, num_heads_q, _ = q.shape
+    if slopes.shape not in ((num_heads_q,), (batch, num_heads_q)):
+        raise InvalidArgument(
+            f"alibi_slopes has shape {slopes.shape}: expected ({num_heads_q},) or ({batch}, {num_heads_q}), a slope a head"
+        )
+    if slopes.dtype != "float32":
+        raise InvalidArgument(f"alibi_slopes has dtype {slopes.dtype}: expected float32; convert it with astype")
+    if slopes.shape[-1] > 1 and slopes.strides[-1] != 1:
+        raise InvalidArgument(f"alibi_slopes has strides {slopes.strides} (elements): the last dimension must be contiguous (stride 1)")
+    if slopes.device != q.device:
+        raise InvalidArgument(f"alibi_slopes is on device {slopes.device} and q on device {q.device}: all arrays must be on one GPU")
 
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:

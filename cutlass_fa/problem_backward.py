@@ -7,8 +7,8 @@ from typing import Any
 
 from .arrays import ArraySpec
 from .errors import InvalidArgument
-from .problem import check_out, check_rank, check_same_dtype, check_shapes, check_strides, contiguous_strides
-from .requests import Fa2BwdRequest
+from .problem import check_out, check_rank, check_same_dtype, check_shapes, check_slopes, check_strides, contiguous_strides
+from .requests import Fa2BwdRequest, PositionBias
 
 MAX_ROW_STRIDE = 2**31 - 1  # elements: the kernels multiply it as a 32-bit number
 
@@ -16,7 +16,8 @@ MAX_ROW_STRIDE = 2**31 - 1  # elements: the kernels multiply it as a 32-bit numb
 @dataclass(frozen=True)
 class BackwardProblem:
     """q, out, dout, dq (batch, seqlen_q, num_heads_q, head_dim); k, v, dk, dv (batch, seqlen_k, num_heads_kv, head_dim); lse and dlse
-    float32 (batch, num_heads_q, seqlen_q), dlse None where there is none; strides in elements."""
+    float32 (batch, num_heads_q, seqlen_q), dlse None where there is none; alibi_slopes as Problem has them;
+    strides in elements."""
 
     request: Fa2BwdRequest
     q: ArraySpec
@@ -29,6 +30,7 @@ class BackwardProblem:
     dq: ArraySpec
     dk: ArraySpec
     dv: ArraySpec
+    alibi_slopes: ArraySpec | None = None
 
     @classmethod
     def from_specs(
@@ -43,6 +45,7 @@ class BackwardProblem:
         gradients: tuple[ArraySpec | None, ArraySpec | None, ArraySpec | None],
         *,
         recompute: bool,
+        alibi_slopes: ArraySpec | None = None,
         **options: Any,
     ) -> BackwardProblem:
         """Check the arrays of a backward call and describe it. gradients: dq, dk, dv; None: a fresh contiguous array.
@@ -64,6 +67,7 @@ class BackwardProblem:
             head_dim=head_dim,
             dtype=q.dtype,
             recompute=recompute,
+            position_bias=PositionBias(alibi_slopes is not None),
             **options,
         )
         lse_like = ArraySpec((batch, num_heads_q, seqlen_q), contiguous_strides((batch, num_heads_q, seqlen_q)), "float32", q.device)
@@ -81,7 +85,9 @@ class BackwardProblem:
             if per_row is not None:
                 _check_per_row(name, per_row, lse_like)
                 _check_device(name, per_row, q)
-        return cls(request, q, k, v, out, dout, lse, dlse, dq, dk, dv)
+        if alibi_slopes is not None:
+            check_slopes(alibi_slopes, q)
+        return cls(request, q, k, v, out, dout, lse, dlse, dq, dk, dv, alibi_slopes)
 
 
 def _fresh(like: ArraySpec) -> ArraySpec:

@@ -31,11 +31,19 @@ class Case:
     narrower: int = 0  # than the cell's head_dim
     has_dlse: bool = False
     softmax_scale: float | None = None
+    window: tuple[int, int] = (40, 3)  # of calls that have one; causal ones look at the left side only
+    sinks: int = 5  # of calls that have them
 
     def __str__(self) -> str:
         words = [f"{self.seqlens[0]}x{self.seqlens[1]}", f"b{self.batch}", f"h{self.groups}x{self.ratio}", self.order]
         words += [word for word, on in (("strided", self.strided), (f"d-{self.narrower}", self.narrower), ("dlse", self.has_dlse)) if on]
         return "-".join(words)
+
+
+def _slopes(xp: ModuleType, batch: int, heads: int) -> Any:
+    """A batch of one shares its slopes, a larger one has some for each sequence; some are less than 0."""
+    shape = (heads,) if batch == 1 else (batch, heads)
+    return (0.7 * xp.float32(2) ** -xp.arange(np.prod(shape), dtype=np.float32) - np.float32(0.02)).astype(np.float32).reshape(shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +72,9 @@ class Inputs:
         causal: bool = False,
         softcap: float = 0.0,
         dropout_p: float = 0.0,
+        window: bool = False,
+        sink: bool = False,
+        alibi: bool = False,
     ) -> Inputs:
         """Fresh numbers; out and lse are the reference's, out rounded to the dtype as a forward's is."""
         heads, seqlens, element = case.groups * case.ratio, case.seqlens, DTYPES[dtype]
@@ -82,6 +93,9 @@ class Inputs:
         )
         dout = random_array(xp, rng, q.shape, element, **layout)
         options: dict[str, Any] = {"causal": causal, "softcap": softcap}
+        options |= {"window_size": case.window} if window else {}
+        options |= {"sink_tokens": case.sinks} if sink else {}
+        options |= {"alibi_slopes": _slopes(xp, case.batch, heads)} if alibi else {}
         call = dict(options)
         if case.softmax_scale is not None:
             options["softmax_scale"] = call["softmax_scale"] = case.softmax_scale

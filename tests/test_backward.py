@@ -25,9 +25,10 @@ from cutlass_fa.params import params_dtype
 from cutlass_fa.problem_backward import BackwardProblem
 from cutlass_fa.reference import attention_backward
 from cutlass_fa.requests import Full
+from tests.keys import sampled_keys
 
 REQUEST = Fa2BwdRequest(batch=2, seqlen_q=1000, seqlen_k=2000, num_heads_q=8, num_heads_kv=2, head_dim=128)
-BWD_KEYS = [key for key in DISPATCH_TABLE.valid_keys() if key.direction == "bwd"]
+BWD_KEYS = [key for key in sampled_keys() if key.direction == "bwd"]
 
 
 # ---- requests ------------------------------------------------------------------------------------------------------------------------

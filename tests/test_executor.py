@@ -108,6 +108,13 @@ def run(cell: Cell, program: Program, case: Case, seed: int) -> tuple[np.ndarray
     return result.out, result.lse
 
 
+def alibi_slopes(q: np.ndarray) -> np.ndarray:
+    """A batch of one shares its slopes, a larger one has some for each sequence; one is 0, one less than 0."""
+    batch, _, heads, _ = q.shape
+    shape = (heads,) if batch == 1 else (batch, heads)
+    return (0.7 * np.float32(2) ** -np.arange(np.prod(shape), dtype=np.float32) - np.float32(0.0875)).reshape(shape)
+
+
 def features(cell: Cell, q: np.ndarray, k: np.ndarray, case: Case) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a call of the cell's features is given, and what the reference is told of it."""
     called: dict[str, Any] = {}
@@ -116,6 +123,8 @@ def features(cell: Cell, q: np.ndarray, k: np.ndarray, case: Case) -> tuple[dict
         called["window_size"] = expected["window_size"] = case.window
     if cell.has_sink:
         called["sink_tokens"] = expected["sink_tokens"] = case.sinks
+    if cell.has_alibi:
+        called["alibi_slopes"] = expected["alibi_slopes"] = alibi_slopes(q)
     if cell.has_softcap:
         called["softcap"] = expected["softcap"] = 5.0
     if cell.has_dropout:

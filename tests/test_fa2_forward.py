@@ -98,7 +98,7 @@ def test_notes_say_what_was_chosen() -> None:
 @pytest.mark.parametrize("head_dim", CELL_HEAD_DIMS)
 @pytest.mark.parametrize("arch", ARCH_LIMITS)
 def test_every_cell_fits_its_architecture(arch: str, head_dim: int) -> None:
-    flags = ("causal", "softcap", "dropout", "sliding_window")
+    flags = ("causal", "softcap", "dropout", "sliding_window", "alibi")
     for chosen in np.ndindex((2,) * len(flags)):
         key = DispatchKey("fa2", "fwd", arch, "bf16", head_dim, **dict(zip(flags, map(bool, chosen), strict=True)))
         cell = Cell.of(key)
@@ -123,15 +123,15 @@ def test_a_misfit_is_named() -> None:
             misfit.check_limits()
 
 
-@pytest.mark.parametrize("features", list(np.ndindex(2, 2, 2, 2)), ids=str)
+@pytest.mark.parametrize("features", list(np.ndindex(2, 2, 2, 2, 2, 2)), ids=str)
 def test_params_have_no_holes(features: tuple[int, ...]) -> None:
     fields = fa2_fwd_params(*map(bool, features))
     dtype = params_dtype(fields)
     offsets = [dtype.fields[field.name][1] for field in fields]
     expected = np.cumsum([0, *(field.size_bytes for field in fields)])
     assert offsets == expected[:-1].tolist() and dtype.itemsize == -(-expected[-1] // 8) * 8
-    written = ["q", "k", "v", "o", "lse", "dropout_seed", "dropout_offset"]  # the words that a run writes, in this order
-    assert [field.name for field in fields[: 5 + 2 * features[2]]] == written[: 5 + 2 * features[2]]
+    written = ["q", "k", "v", "o", "lse"] + ["alibi_slopes"] * features[5] + ["dropout_seed", "dropout_offset"] * features[2]
+    assert [field.name for field in fields[: len(written)]] == written, "the words that a run writes, in this order"
 
 
 def test_packed_params() -> None:

@@ -12,7 +12,7 @@ import cutlass_fa
 from cutlass_fa.cell import Cell
 from cutlass_fa.device import device_info
 from cutlass_fa.dispatch import DISPATCH_TABLE, DispatchKey
-from cutlass_fa.requests import Window, forward_request
+from cutlass_fa.requests import PositionBias, Window, forward_request
 from tests.agreement import Agreement
 from tests.numerics import check_forward, random_qkv
 
@@ -40,6 +40,8 @@ def test_executor_and_gpu_agree(key: DispatchKey, record_property: Callable[[str
     heads = {"num_heads_q": 2 * key.gqa_ratio, "num_heads_kv": 2}
     softcap = 5.0 if key.softcap else 0.0
     window, sink_tokens = (90, 20) if key.sliding_window else (-1, -1), 7 * key.sink
+    masks = {"window_size": window, "sink_tokens": sink_tokens}
+    slopes = np.float32(2) ** -np.arange(heads["num_heads_q"], dtype=np.float32) if key.alibi else None
     request = forward_request(
         key.family,
         None,
@@ -50,6 +52,7 @@ def test_executor_and_gpu_agree(key: DispatchKey, record_property: Callable[[str
         dtype=key.dtype,
         mask=Window(*window, key.causal),
         sink_tokens=sink_tokens,
+        position_bias=PositionBias(key.alibi),
         softcap=softcap,
         dropout_p=0.0,
         arch=key.arch,
@@ -59,11 +62,13 @@ def test_executor_and_gpu_agree(key: DispatchKey, record_property: Callable[[str
     q, k, v = random_qkv(
         np, np.random.default_rng(), batch=2, seqlen_q=seqlen_q, seqlen_k=seqlen_k, head_dim=key.head_dim, dtype=DTYPES[key.dtype], **heads
     )
-    on_cpu = run_forward(Cell.of(key), q, k, v, seed=0, softcap=softcap, window_size=window, sink_tokens=sink_tokens)
+    on_cpu = run_forward(Cell.of(key), q, k, v, seed=0, softcap=softcap, alibi_slopes=slopes, **masks)
     # CuPy makes 16-bit brain floats from their bits
     arrays = [cupy.asarray(x.view(np.uint16)).view(x.dtype) for x in (q, k, v)]
-    options = {"causal": key.causal, "softcap": softcap, "window_size": window, "sink_tokens": sink_tokens}
-    out, lse = cutlass_fa.flash_attn_func(*arrays, family=key.family, return_lse=True, **options)
+    options = {"causal": key.causal, "softcap": softcap, **masks}
+    on_gpu = None if slopes is None else cupy.asarray(slopes)
+    out, lse = cutlass_fa.flash_attn_func(*arrays, family=key.family, return_lse=True, alibi_slopes=on_gpu, **options)
+    options["alibi_slopes"] = slopes
     out, lse = out.view(np.uint16).get().view(q.dtype), lse.get()
     check_forward(out, lse, q, k, v, case=f"{key} on the GPU", **options)
     check_forward(on_cpu.out, on_cpu.lse, q, k, v, case=f"{key} on the executor", **options)

@@ -353,6 +353,8 @@ def test_refusals_launch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for out in (q[:1], q.astype(np.float32), q.get(), flat):
         with pytest.raises(errors.InvalidArgument):
             attend(q, k, v, out=out)
-    for options in ({"alibi_slopes": cupy.zeros(2, np.float32)}, {"dropout_p": 0.1, "family": "fa3"}):
-        with pytest.raises(errors.UnsupportedCell, match="not built yet"):
-            attend(q, k, v, **options)
+    for slopes in (cupy.zeros(3, np.float32), cupy.zeros(2, np.float16), cupy.zeros(4, np.float32)[::2], np.zeros(2, np.float32)):
+        with pytest.raises(errors.InvalidArgument, match="alibi_slopes"):
+            attend(q, k, v, alibi_slopes=slopes)
+    with pytest.raises(errors.UnsupportedCell, match="not built yet"):
+        attend(q, k, v, dropout_p=0.1, family="fa3")

@@ -1,4 +1,4 @@
-"""Masks of the forward on a GPU, both families, by the test rule against an unmasked float64 computation with the mask applied."""
+"""Masks on a GPU, the forward of both families and the backward, by the test rule against float64 with the whole mask in memory."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import pytest
 
 import cutlass_fa
 from cutlass_fa.device import device_info
+from cutlass_fa.reference import Gradients
+from tests.backward_cases import SOFTCAP, Inputs
 from tests.covering import covering
-from tests.numerics import SEQLEN_PAIRS, check_forward
+from tests.numerics import SEQLEN_PAIRS, check_backward, check_forward
+from tests.test_gpu_backward import Call, case_of
 from tests.test_gpu_forward import Case
 
 pytestmark = pytest.mark.gpu
@@ -28,20 +31,29 @@ class Masks:
     window: tuple[int, int] = (-1, -1)
     sink: int = 0
     softcap: float = 0.0
+    alibi: str = "none"  # or "heads": slopes of each head; "batch": of each sequence's heads
 
     def __str__(self) -> str:
-        return f"window{self.window[0]}.{self.window[1]}-sink{self.sink}-softcap{self.softcap:g}"
+        return f"window{self.window[0]}.{self.window[1]}-sink{self.sink}-softcap{self.softcap:g}-alibi.{self.alibi}"
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self, q: Any) -> dict[str, Any]:
         """The call's, which are the reference's too."""
-        return {"window_size": self.window, "sink_tokens": self.sink, "softcap": self.softcap}
+        return {"window_size": self.window, "sink_tokens": self.sink, "softcap": self.softcap, "alibi_slopes": self.slopes(q)}
+
+    def slopes(self, q: Any) -> Any:
+        import cupy
+
+        batch, _, heads, _ = q.shape
+        if self.alibi == "none":
+            return None
+        return cupy.random.uniform(-0.05, 1, (heads,) if self.alibi == "heads" else (batch, heads), np.float32)
 
 
 def check(case: Case, masks: Masks, family: str) -> tuple[Any, Any]:
     if family == "fa3" and device_info(0).arch != "sm_90a":
         pytest.skip("family fa3 needs sm_90a")
     q, k, v = case.arrays()
-    options = {"causal": case.causal, **masks.arguments()}
+    options = {"causal": case.causal, **masks.arguments(q)}
     out, lse = cutlass_fa.flash_attn_func(q, k, v, out=case.poisoned_out(q), return_lse=True, family=family, **options)
     check_forward(out, lse, q, k, v, case=f"{family} {case} {masks}", **options)
     return out, lse
@@ -58,11 +70,12 @@ def covering_cases() -> list[Any]:
         "window": ((-1, -1), *WINDOWS),
         "sink": (0, 4, 200),
         "softcap": (0.0, 20.0),
+        "alibi": ("none", "heads", "batch"),
         "order": ("bshd", "bhsd"),
     }
     cases = []
     for chosen in covering(factors, 2):
-        family, masks = chosen.pop("family"), Masks(*(chosen.pop(name) for name in ("window", "sink", "softcap")))
+        family, masks = chosen.pop("family"), Masks(*(chosen.pop(name) for name in ("window", "sink", "softcap", "alibi")))
         if masks.window == (-1, -1) and not chosen["causal"]:
             masks = replace(masks, sink=0)  # refused: every key is visible
         case = Case(**chosen)
@@ -92,13 +105,21 @@ def test_sink_tokens(family: str, causal: bool, sink: int, seqlens: tuple[int, i
         check(Case("bf16", 64, causal, "gqa4", seqlens), Masks(window, sink), family)
 
 
+@pytest.mark.parametrize("seqlens", SEQLEN_PAIRS, ids=lambda p: f"{p[0]}x{p[1]}")
+@pytest.mark.parametrize("alibi", ["heads", "batch"])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_alibi(family: str, causal: bool, alibi: str, seqlens: tuple[int, int]) -> None:
+    check(Case("bf16", 128, causal, "gqa4", seqlens), Masks(alibi=alibi), family)
+
+
 @pytest.mark.parametrize("seqlens", [(1, 300), (5, 513), (63, 200), (130, 400)], ids=lambda p: f"{p[0]}x{p[1]}")
 @pytest.mark.parametrize("heads", ["gqa4", "gqa5", "gqa64"])
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_windows_of_packed_heads(causal: bool, heads: str, seqlens: tuple[int, int]) -> None:
     for window in WINDOWS[:4]:
         check(Case("bf16", 128, causal, heads, seqlens), Masks(window), "fa3")
-        check(Case("bf16", 128, causal, heads, seqlens), Masks(window, sink=3), "fa3")
+        check(Case("bf16", 128, causal, heads, seqlens), Masks(window, sink=3, alibi="batch"), "fa3")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -128,13 +149,76 @@ def test_keys_outside_the_window_are_never_loaded(family: str, sink: int) -> Non
 def test_thousand_runs_are_bitwise_equal(family: str) -> None:
     import cupy
 
-    case, masks = Case("bf16", 128, True, "gqa4", (640, 1000)), Masks((260, 0), sink=4)
+    case, masks = Case("bf16", 128, True, "gqa4", (640, 1000)), Masks((260, 0), sink=4, alibi="heads")
     check(case, masks, family)
     q, k, v = case.arrays(seed=1)
-    options = {"causal": True, "family": family, "return_lse": True, **masks.arguments()}
+    options = {"causal": True, "family": family, "return_lse": True, **masks.arguments(q)}
     first, first_lse = cutlass_fa.flash_attn_func(q, k, v, **options)
     different = cupy.zeros((), np.int64)
     for _ in range(1000):
         out, lse = cutlass_fa.flash_attn_func(q, k, v, **options)
         different += (out.view(np.uint16) != first.view(np.uint16)).sum() + (lse != first_lse).sum()
     assert int(different) == 0
+
+
+# ---- backward: of family fa2, on every GPU ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MaskedCall(Call):
+    """A backward under what `masks` names: "window", "sink" (which needs a window), "alibi"."""
+
+    masks: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return "-".join((super().__str__(), f"{self.case.window[0]}.{self.case.window[1]}", f"sinks{self.case.sinks}", *self.masks))
+
+    def inputs(self) -> Inputs:
+        import cupy
+
+        rng = cupy.random.default_rng(np.random.SeedSequence().generate_state(1)[0])
+        flags: dict[str, Any] = {"causal": self.causal, "softcap": self.softcap, "dropout_p": self.dropout_p}
+        flags |= {name: name in self.masks for name in ("window", "sink", "alibi")}
+        return Inputs.of(self.case, cupy, rng, dtype=self.dtype, head_dim=self.head_dim, **flags)
+
+
+MASKS = (("window",), ("alibi",), ("window", "sink"), ("window", "alibi"), ("window", "sink", "alibi"))
+
+
+def covering_backward_calls() -> list[MaskedCall]:
+    factors = {
+        "dtype": ("f16", "bf16"),
+        "head_dim": (64, 80, 96, 128, 192, 256),
+        "causal": (False, True),
+        "heads": ("mha", "gqa4", "mqa"),
+        "seqlens": SEQLEN_PAIRS,
+        "window": WINDOWS,
+        "sinks": (1, 4, 200),
+        "masks": MASKS,
+        "softcap": (0.0, SOFTCAP),
+        "dropout_p": (0.0, 0.17),
+        "deterministic": (False, True),
+    }
+    calls = []
+    for chosen in covering(factors, 2):
+        case = case_of(chosen.pop("heads"), chosen.pop("seqlens"), window=chosen.pop("window"), sinks=chosen.pop("sinks"))
+        if chosen["causal"] and case.window[0] == -1:
+            case = replace(case, window=(50, 0))  # unbounded on the left it would be the causal mask alone
+        calls.append(MaskedCall(case=case, **chosen))
+    return calls
+
+
+@pytest.mark.parametrize("call", covering_backward_calls(), ids=str)
+def test_backward(call: MaskedCall) -> None:
+    call.check()
+
+
+@pytest.mark.parametrize("masks", MASKS, ids="-".join)
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_backward_that_recomputes(causal: bool, masks: tuple[str, ...]) -> None:
+    call = MaskedCall("bf16", 128, causal, case_of("gqa4", (301, 517), window=(100, 40), has_dlse=True), masks=masks)
+    inputs = call.inputs()
+    options = {**inputs.call, "dlse": inputs.dlse}
+    arrays = (inputs.dout, inputs.q, inputs.k, inputs.v)
+    gradients = Gradients(*cutlass_fa.flash_attn_backward(*arrays, recompute=True, **options))
+    check_backward(gradients, *arrays, case=call, dlse=inputs.dlse, **inputs.options)

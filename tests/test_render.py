@@ -13,12 +13,13 @@ from cutlass_fa.arch.limits import limits_of
 from cutlass_fa.arch.sm90 import FA3_FWD_TILES
 from cutlass_fa.cell import Cell
 from cutlass_fa.cells.fa3_fwd import Fa3FwdCell
-from cutlass_fa.dispatch import DISPATCH_TABLE, FLAG_WORDS, DispatchKey
+from cutlass_fa.dispatch import FLAG_WORDS, DispatchKey
 from cutlass_fa.errors import UnsupportedCell
 from cutlass_fa.params import fa3_fwd_params, params_dtype
 from cutlass_fa.render import environment, include_dir, render, template_dir
+from tests.keys import sampled_keys
 
-KEYS = [*DISPATCH_TABLE.valid_keys(), *(key for key in DISPATCH_TABLE if key.gqa_ratio > 1)]
+KEYS = sampled_keys()
 FA3_FWD_KEYS = [key for key in KEYS if (key.family, key.direction) == ("fa3", "fwd")]
 TEMPLATES = sorted(template_dir().rglob("*.j2"))
 HEADERS = sorted(include_dir().rglob("*.cuh"))
@@ -64,14 +65,16 @@ def test_invalid_key_has_no_cell() -> None:
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("window", [False, True])
-def test_params_have_no_holes(window: bool, causal: bool, packed: bool, dynamic_scheduler: bool) -> None:
-    fields = fa3_fwd_params(causal, packed, dynamic_scheduler, window=window, sink=window and causal)
+@pytest.mark.parametrize("alibi", [False, True])
+def test_params_have_no_holes(alibi: bool, window: bool, causal: bool, packed: bool, dynamic_scheduler: bool) -> None:
+    fields = fa3_fwd_params(causal, packed, dynamic_scheduler, window=window, sink=window and causal, alibi=alibi)
     dtype = params_dtype(fields)
     offsets = [dtype.fields[field.name][1] for field in fields]
     expected = np.cumsum([0, *(field.size_bytes for field in fields)])
     assert offsets == expected[:-1].tolist()
     assert dtype.itemsize == -(-expected[-1] // 8) * 8
-    assert [field.name for field in fields[: 2 + dynamic_scheduler]] == ["o", "lse", "tile_counter"][: 2 + dynamic_scheduler]
+    written = ["o", "lse"] + ["tile_counter"] * dynamic_scheduler + ["alibi_slopes"] * alibi  # the words that a run writes, in this order
+    assert [field.name for field in fields[: len(written)]] == written and not any(field.is_address for field in fields[len(written) :])
 
 
 # ---- rendered text -------------------------------------------------------------------------------------------------------------------

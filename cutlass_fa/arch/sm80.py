@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import TypeAlias
 
 from .limits import table_arch
 
@@ -34,13 +35,16 @@ def fa2_fwd_tile(arch: str, head_dim: int, *, causal: bool, features: Set[str] =
     return table.tiles[head_dim, causal]
 
 
+_Rows: TypeAlias = tuple[tuple[str, dict[int, Fa2FwdTile]], ...]
+
+
 @dataclass(frozen=True)
 class _Table:
     """tiles: (head_dim, causal) -> tile. cramped: features and their rows, head_dim -> tile, where the features' registers leave no room
     for that one; the first that a cell has all of counts."""
 
     tiles: dict[tuple[int, bool], Fa2FwdTile]
-    cramped: tuple[tuple[str, dict[int, Fa2FwdTile]], ...]
+    cramped: _Rows
 
 
 def _both(rows: dict[int, Fa2FwdTile]) -> dict[tuple[int, bool], Fa2FwdTile]:
@@ -51,6 +55,20 @@ def _both(rows: dict[int, Fa2FwdTile]) -> dict[tuple[int, bool], Fa2FwdTile]:
 # Hopper's rows for head_dim 64, 128 and 256 were chosen on an H100 80GB HBM3 (driver 580.159, NVRTC 13.0, bf16, seqlen 4k and 16k;
 # benchmarks/experiments.json has the candidates). The others are the largest tiles that fit without spills and have not been compared on
 # a GPU: tools/sweep_tiles.py --family fa2 times candidates.
+_HOPPER_DROPOUT: _Rows = (
+    ("dropout sliding_window", {64: Fa2FwdTile(4, 32, 32, 2)}),
+    (
+        "dropout",
+        {
+            64: Fa2FwdTile(4, 32, 64, 2),
+            80: Fa2FwdTile(4, 32, 32, 2),
+            96: Fa2FwdTile(4, 32, 32, 2),
+            128: Fa2FwdTile(8, 16, 64, 1),
+            256: Fa2FwdTile(8, 16, 32, 1),
+        },
+    ),
+)
+_HOPPER_SOFTCAP: _Rows = (("softcap", {80: Fa2FwdTile(4, 32, 32, 2), 96: Fa2FwdTile(4, 32, 32, 2), 128: Fa2FwdTile(4, 32, 48, 2)}),)
 _HOPPER = _Table(
     tiles=_both(
         {
@@ -63,24 +81,21 @@ _HOPPER = _Table(
         }
     ),
     cramped=(
-        ("dropout sliding_window", {64: Fa2FwdTile(4, 32, 32, 2)}),
-        (
-            "dropout",
-            {
-                64: Fa2FwdTile(4, 32, 64, 2),
-                80: Fa2FwdTile(4, 32, 32, 2),
-                96: Fa2FwdTile(4, 32, 32, 2),
-                128: Fa2FwdTile(8, 16, 64, 1),
-                256: Fa2FwdTile(8, 16, 32, 1),
-            },
-        ),
-        ("softcap", {80: Fa2FwdTile(4, 32, 32, 2), 96: Fa2FwdTile(4, 32, 32, 2), 128: Fa2FwdTile(4, 32, 48, 2)}),
+        *_HOPPER_DROPOUT,
+        ("alibi sliding_window", {128: Fa2FwdTile(4, 32, 32, 2)}),
+        ("alibi", {128: Fa2FwdTile(4, 32, 48, 2)}),
+        *_HOPPER_SOFTCAP,
     ),
 )
-_BLACKWELL = replace(  # tiles that spill where Hopper's do not
-    _HOPPER,
+_BLACKWELL = _Table(  # tiles that spill where Hopper's do not
     tiles=_HOPPER.tiles | _both({128: Fa2FwdTile(4, 32, 48, 2)}),
-    cramped=(*_HOPPER.cramped, ("sliding_window", {64: Fa2FwdTile(4, 32, 64, 2), 128: Fa2FwdTile(4, 32, 32, 2)})),
+    cramped=(
+        *_HOPPER_DROPOUT,
+        ("alibi sliding_window", {96: Fa2FwdTile(4, 32, 32, 2), 128: Fa2FwdTile(8, 16, 64, 1)}),
+        ("alibi", {128: Fa2FwdTile(4, 32, 32, 2)}),
+        ("sliding_window", {64: Fa2FwdTile(4, 32, 64, 2), 128: Fa2FwdTile(4, 32, 32, 2)}),
+        *_HOPPER_SOFTCAP,
+    ),
 )
 _AMPERE = _Table(
     tiles=_both(
@@ -117,7 +132,7 @@ _SMALL = _Table(  # 99 KiB of shared memory
             256: Fa2FwdTile(4, 16, 32, 1),
         }
     ),
-    cramped=(("dropout", {64: Fa2FwdTile(4, 32, 64, 2)}),),
+    cramped=(("dropout", {64: Fa2FwdTile(4, 32, 64, 2)}), ("alibi sliding_window", {64: Fa2FwdTile(4, 32, 64, 2)})),
 )
 _TABLES: dict[str, _Table] = {
     "sm_80": _AMPERE,

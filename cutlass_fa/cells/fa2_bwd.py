@@ -10,7 +10,17 @@ from ..arch.limits import arch_number
 from ..cell import Cell, round_up
 from ..dispatch import DispatchKey
 from ..layouts import PaddedTile
-from ..params import CAPPED_SCALE, DROPOUT_RATE, DROPOUT_STATE, SCALE, ParamField
+from ..params import (
+    ALIBI_SCALE,
+    ALIBI_SLOPES,
+    ALIBI_STRIDE,
+    CAPPED_SCALE,
+    DROPOUT_RATE,
+    DROPOUT_STATE,
+    SCALE,
+    ParamField,
+    window_params,
+)
 
 WARPS_PER_GROUP = 4
 WARPS = 2 * WARPS_PER_GROUP
@@ -147,6 +157,11 @@ class Fa2BwdCell(Cell):
         return "params.keep_scale" if self.has_dropout else "1.0f"
 
     @property
+    def m_end(self) -> str:
+        """Where the blocks of queries that see a work's keys end, in each head."""
+        return "m_end" if self.has_window else "params.num_m_blocks"
+
+    @property
     def has_late_dq(self) -> bool:
         return self.tile.score_stages == 2
 
@@ -210,5 +225,7 @@ def fa2_bwd_params(key: DispatchKey) -> tuple[ParamField, ...]:
     copies = (ParamField("num_copies", "int", "copies of dq_acc, at most num_n_blocks"),) * key.deterministic
     scale = CAPPED_SCALE if key.softcap else (SCALE,)
     wide, rows = array_fields("q", "k", "v", "dout", *(() if key.split else ("dk", "dv")))
-    addresses = inputs + (parts if key.split else gradients) + DROPOUT_STATE * key.dropout
-    return addresses + wide + rows + numbers + splits + copies + scale + DROPOUT_RATE * key.dropout
+    addresses = inputs + (parts if key.split else gradients) + (ALIBI_SLOPES,) * key.alibi + DROPOUT_STATE * key.dropout
+    masks = window_params(key.causal, key.sink) * key.sliding_window + (ALIBI_SCALE,) * key.alibi
+    wide += (ALIBI_STRIDE,) * key.alibi
+    return addresses + wide + rows + numbers + splits + copies + scale + masks + DROPOUT_RATE * key.dropout

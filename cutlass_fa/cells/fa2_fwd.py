@@ -126,4 +126,4 @@ class Fa2FwdCell(Cell):
 
     @property
     def params(self) -> tuple[ParamField, ...]:
-        return fa2_fwd_params(self.is_causal, self.has_softcap, self.has_dropout, self.has_window, self.has_sink)
+        return fa2_fwd_params(self.is_causal, self.has_softcap, self.has_dropout, self.has_window, self.has_sink, self.has_alibi)

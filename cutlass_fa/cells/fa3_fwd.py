@@ -155,10 +155,6 @@ class Fa3FwdCell(Cell):
     # ---- named booleans ----------------------------------------------------------------------------------------------------------
 
     @property
-    def is_packed(self) -> bool:
-        return self.key.gqa_ratio > 1
-
-    @property
     def has_dynamic_scheduler(self) -> bool:
         return self.tile.scheduler == "dynamic"
 
@@ -180,4 +176,6 @@ class Fa3FwdCell(Cell):
 
     @property
     def params(self) -> tuple[ParamField, ...]:
-        return fa3_fwd_params(self.is_causal, self.is_packed, self.has_dynamic_scheduler, self.has_softcap, self.has_window, self.has_sink)
+        return fa3_fwd_params(
+            self.is_causal, self.is_packed, self.has_dynamic_scheduler, self.has_softcap, self.has_window, self.has_sink, self.has_alibi
+        )

@@ -51,6 +51,9 @@ def run_backward(
     softcap: float = 0.0,
     dropout_p: float = 0.0,
     random_state: tuple[int, int] = (0, 0),
+    window_size: tuple[int, int] = (-1, -1),
+    sink_tokens: int = 0,
+    alibi_slopes: np.ndarray | None = None,
     dlse: np.ndarray | None = None,
     gradients_like: tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None] = (None, None, None),
     num_splits: int = 1,
@@ -61,6 +64,7 @@ def run_backward(
 
     dout, q, k, v, out, lse, dlse: as flash_attn_backward takes them, in the key's dtype and any strides that a GPU's call accepts.
     seed: the schedule of every launch. build: where programs come from. softcap, dropout_p: positive where the key has them, else 0.
+    window_size, sink_tokens, alibi_slopes: as the forward had them, where the key has them.
     gradients_like: arrays whose shapes and strides dq, dk and dv have; default contiguous. num_splits, num_copies: as Fa2BwdRequest has,
     several splits where the key has them.
 
@@ -80,7 +84,9 @@ def run_backward(
         (dq_like, dk_like, dv_like),
         recompute=False,
         arch=key.arch,
-        mask=Window(-1, -1, causal=key.causal),
+        mask=Window(*window_size, causal=key.causal),
+        sink_tokens=sink_tokens,
+        alibi_slopes=None if alibi_slopes is None else spec(alibi_slopes),
         softmax_scale=softmax_scale,
         softcap=softcap,
         dropout_p=dropout_p,
@@ -91,7 +97,8 @@ def run_backward(
     if problem.request.dispatch_key() != key:
         raise ExecutorError(f"the call needs {problem.request.dispatch_key()}, not {key}")
     memory = GlobalMemory()
-    inputs = {"q": q, "k": k, "v": v, "out": out, "dout": dout, "lse": lse} | ({} if dlse is None else {"dlse": dlse})
+    inputs = {"q": q, "k": k, "v": v, "out": out, "dout": dout, "lse": lse}
+    inputs |= {name: array for name, array in (("dlse", dlse), ("alibi_slopes", alibi_slopes)) if array is not None}
     addresses = {"dlse": 0} | {name: memory.add(name, span(array)).address for name, array in inputs.items()}
     outputs = {name: Output.add(memory, getattr(problem, name), name) for name in ("dq", "dk", "dv")}
     addresses |= {name: output.buffer.address for name, output in outputs.items()}

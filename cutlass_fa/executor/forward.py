@@ -50,6 +50,7 @@ def run_forward(
     random_state: tuple[int, int] = (0, 0),
     window_size: tuple[int, int] = (-1, -1),
     sink_tokens: int = 0,
+    alibi_slopes: np.ndarray | None = None,
     persistent: PersistentMode | None = None,
     out_like: np.ndarray | None = None,
     device: DeviceInfo = SMALL_DEVICE,
@@ -62,6 +63,7 @@ def run_forward(
     seed: the schedule. program: `cell` compiled already. softmax_scale: default 1 / sqrt(head_dim).
     softcap, dropout_p: positive where the cell has them, else 0. random_state: dropout's seed and offset.
     window_size: (left, right), with a bounded side where the cell has a window. sink_tokens: positive where it has them.
+    alibi_slopes: float32 (num_heads_q,) or (batch, num_heads_q), where the cell has them.
     persistent: default Persistent(), as the launcher's, in the family that has it.
     out_like: an array whose shape and strides the output has; default contiguous.
 
@@ -74,6 +76,7 @@ def run_forward(
     options = {
         "mask": mask,
         "sink_tokens": sink_tokens,
+        "alibi_slopes": None if alibi_slopes is None else library_of(np.ndarray).spec(alibi_slopes),
         "softmax_scale": softmax_scale,
         "softcap": softcap,
         "dropout_p": dropout_p,
@@ -82,6 +85,8 @@ def run_forward(
     problem = _problem(cell, q, k, v, out_like, options)
     memory = GlobalMemory()
     buffers = {name: memory.add(name, span(array)) for name, array in (("q", q), ("k", k), ("v", v))}
+    if alibi_slopes is not None:
+        buffers["alibi_slopes"] = memory.add("alibi_slopes", span(alibi_slopes))
     out = Output.add(memory, problem.out)
     lse_shape = (q.shape[0], q.shape[2], q.shape[1])
     lse = memory.add("lse", np.full(4 * int(np.prod(lse_shape)), POISON_BYTE, np.uint8), writable=True)

@@ -59,11 +59,7 @@ def run_key(key: DispatchKey, stream: TextIO, *, shape: RunShape = RunShape(), s
     print(f"{key}: {cell.summary}", file=stream)
     print(f"compiled for this CPU in {built - start:.1f} s; q {q.shape}, k and v {k.shape}, seed {seed}", file=stream)
     dropout_p = _DROPOUT_P * cell.has_dropout
-    options: dict[str, Any] = {
-        "softcap": _SOFTCAP * cell.has_softcap,
-        "window_size": _WINDOW if cell.has_window else (-1, -1),
-        "sink_tokens": _SINK_TOKENS * cell.has_sink,
-    }
+    options = _features(key, shape)
     try:
         result = run_forward(cell, q, k, v, seed=seed, program=program, dropout_p=dropout_p, random_state=(seed, 0), **options)
     except ExecutorFault as fault:
@@ -81,6 +77,16 @@ def run_key(key: DispatchKey, stream: TextIO, *, shape: RunShape = RunShape(), s
     return right
 
 
+def _features(key: DispatchKey, shape: RunShape) -> dict[str, Any]:
+    """What a call is given of the key's features, dropout apart; the reference takes the same."""
+    return {
+        "softcap": _SOFTCAP * key.softcap,
+        "window_size": _WINDOW if key.sliding_window else (-1, -1),
+        "sink_tokens": _SINK_TOKENS * key.sink,
+        "alibi_slopes": np.float32(2) ** -np.arange(1, 1 + shape.num_heads_q, dtype=np.float32) if key.alibi else None,
+    }
+
+
 def _arrays(key: DispatchKey, shape: RunShape, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """q, k, v and dout: standard normal numbers."""
     head_dim, rng = shape.head_dim or key.head_dim, np.random.default_rng(seed)
@@ -95,14 +101,14 @@ def _arrays(key: DispatchKey, shape: RunShape, seed: int) -> tuple[np.ndarray, n
 def _run_backward_key(key: DispatchKey, stream: TextIO, shape: RunShape, seed: int) -> bool:
     """As run_key, of a whole backward call; out and lse are the reference's."""
     q, k, v, dout = _arrays(key, shape, seed)
-    softcap, dropout_p = _SOFTCAP * key.softcap, _DROPOUT_P * key.dropout
+    features, dropout_p = _features(key, shape), _DROPOUT_P * key.dropout
     mask = dropout_mask(seed, 0, dropout_p, shape.batch, shape.num_heads_q, shape.seqlen_q, shape.seqlen_k) if dropout_p else None
-    options: dict[str, Any] = {"causal": key.causal, "softcap": softcap, "dropout_mask": mask, "dropout_p": dropout_p}
+    options: dict[str, Any] = {"causal": key.causal, "dropout_mask": mask, "dropout_p": dropout_p, **features}
     out, lse = attention_forward(q, k, v, **options)
     print(f"{key}: {Cell.of(key).summary}\nq {q.shape}, k and v {k.shape}, seed {seed}", file=stream)
     start = time.perf_counter()
     arrays = (dout, q, k, v, out.astype(q.dtype), lse.astype(np.float32))
-    more: dict[str, Any] = {"softcap": softcap, "dropout_p": dropout_p, "random_state": (seed, 0)}
+    more: dict[str, Any] = {**features, "dropout_p": dropout_p, "random_state": (seed, 0)}
     more |= {"num_splits": 2 if key.split else 1, "num_copies": 2 if key.deterministic else 1}
     try:
         result = run_backward(key, *arrays, seed=seed, **more)

@@ -16,7 +16,7 @@ from ..dispatch import DispatchKey
 from ..dropout import keep_scale, keep_threshold
 from ..errors import InvalidArgument
 from ..kernels import Kernel
-from ..launch import MAX_TILES, KernelLaunch, pack, softmax_scales, tile_count
+from ..launch import MAX_TILES, KernelLaunch, alibi_values, pack, softmax_scales, tile_count, window_values
 from ..problem_backward import BackwardProblem
 
 WORKSPACE_ALIGNMENT = 64  # floats: 256 bytes
@@ -24,7 +24,7 @@ WORKSPACE_ALIGNMENT = 64  # floats: 256 bytes
 
 @dataclass(frozen=True)
 class BackwardPointers:
-    """Device addresses; dlse 0 where there is none."""
+    """Device addresses; dlse and alibi_slopes 0 where there are none."""
 
     q: int
     k: int
@@ -36,6 +36,7 @@ class BackwardPointers:
     dk: int
     dv: int
     dlse: int
+    alibi_slopes: int
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,8 @@ def _values(problem: BackwardProblem) -> dict[str, Any]:
     values: dict[str, Any] = {
         "softmax_scale": request.scale,
         **softmax_scales(request),
+        **window_values(request),
+        **alibi_values(request, problem.alibi_slopes),
         "dropout_seed": 0,
         "dropout_offset": 0,
         "keep_threshold": keep_threshold(request.dropout_p),

@@ -10,7 +10,7 @@ from ..cells.fa2_fwd import Fa2FwdCell
 from ..device import DeviceInfo, device_info
 from ..dropout import keep_scale, keep_threshold
 from ..kernels import Kernel
-from ..launch import KernelLaunch, heads_per_section, pack, softmax_scales, tile_count, window_values
+from ..launch import KernelLaunch, alibi_values, heads_per_section, pack, softmax_scales, tile_count, window_values
 from ..problem import Problem
 
 
@@ -25,21 +25,25 @@ class Fa2FwdPlan:
         self.kernel = kernel
         launch = KernelLaunch(kernel, device, pack_params(problem, cell, device_info(device)), grid_of(problem, cell))
         self._launch = launch  # owns the memory that the driver is pointed to
-        # The first words of Params: q, k, v, o, lse, and the random state where there is one.
+        # The first words of Params: q, k, v, o, lse, and the slopes and the random state where there are any.
         self._words = launch.params
         self._go, self._address = launch.go, launch.address
-        self._has_dropout = cell.has_dropout
+        self._has_dropout, self._has_alibi = cell.has_dropout, cell.has_alibi
         self._lock = threading.Lock()
 
-    def run(self, qkv: tuple[int, ...], out: int, lse: int, stream: int, random_state: tuple[int, int] = (0, 0)) -> None:
+    def run(
+        self, qkv: tuple[int, ...], out: int, lse: int, stream: int, random_state: tuple[int, int] = (0, 0), alibi_slopes: int = 0
+    ) -> None:
         """See ForwardPlan."""
         words = self._words
         with self._lock:
             words[0], words[1], words[2] = qkv
             words[3] = out
             words[4] = lse
+            if self._has_alibi:
+                words[5] = alibi_slopes
             if self._has_dropout:
-                words[5], words[6] = random_state
+                words[5 + self._has_alibi], words[6 + self._has_alibi] = random_state
             self._go(stream, self._address, 0)
 
 
@@ -54,6 +58,7 @@ def pack_params(problem: Problem, cell: Fa2FwdCell, device: DeviceInfo) -> np.nd
             **strides,
             **softmax_scales(request),
             **window_values(request),
+            **alibi_values(request, problem.alibi_slopes),
             "dropout_seed": 0,
             "dropout_offset": 0,
             "batch": request.batch,

@@ -100,6 +100,16 @@ CUTLASS_FA_DEVICE void set_columns_before(float (&acc)[kColumnBlocks][4], int r,
   }
 }
 
+// The same for the columns from `begin` on.
+template <int kColumnBlocks>
+CUTLASS_FA_DEVICE void set_columns_from(float (&acc)[kColumnBlocks][4], int r, int begin, float value) {
+#pragma unroll
+  for (int j = 0; j < kColumnBlocks; ++j) {
+    if (8 * j >= begin) { acc[j][2 * r] = value; }
+    if (8 * j + 1 >= begin) { acc[j][2 * r + 1] = value; }
+  }
+}
+
 // A operands of kSteps times 16 k from rows in shared memory; a: A's rows, lane_offset_down.
 template <int kPitch, int kSteps, int kRowBlocks>
 CUTLASS_FA_DEVICE void load_operand(uint32_t (&a_words)[kSteps][kRowBlocks][4], char const* a) {
