@@ -167,15 +167,21 @@ def check_random_state(random_state: tuple[int, int]) -> None:
             raise InvalidArgument(f"{name}={value}: must be a whole number in [0, 2^64)")
 
 
+def reference_library(q: Any) -> ArrayLibrary:
+    """NumPy's, which backend="reference" computes with. Raises InvalidArgument where q is another library's."""
+    library = library_of(type(q))
+    if library.name != "NumPy":
+        raise InvalidArgument(f"backend='reference' takes numpy.ndarray; q is a {library.name} array: use cupy.asnumpy or .cpu().numpy()")
+    return library
+
+
 def _reference(
     q: Any, k: Any, v: Any, out: Any, return_lse: bool, options: _Options, alibi_slopes: Any, random_state: tuple[int, int]
 ) -> Any:
     """The same call on NumPy arrays, in float64, rounded to q's dtype (lse to float32)."""
     from .reference import attention_forward
 
-    library = library_of(type(q))
-    if library.name != "NumPy":
-        raise InvalidArgument(f"backend='reference' takes numpy.ndarray; q is a {library.name} array: use cupy.asnumpy or .cpu().numpy()")
+    library = reference_library(q)
     _check_one_library((q, k, v) if out is None else (q, k, v, out), alibi_slopes)
     request = _problem(library, (q, k, v, out), options, alibi_slopes, "sm_90a").request  # refuses what the kernels refuse
     softmax_scale, causal, window_size, sink_tokens = options[:4]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import kernels
-from .api import BACKENDS, check_random_state, flash_attn_func, mask_of
+from .api import BACKENDS, check_random_state, flash_attn_func, mask_of, reference_library
 from .arrays import ArrayLibrary, check_one_library, library_of, not_on_gpu
 from .device import check_current_device, device_info
 from .errors import InvalidArgument
@@ -169,9 +169,7 @@ def _reference(arrays: tuple[Any, ...], options: _Options, random_state: tuple[i
     from .reference import attention_backward
 
     dout, q, k, v, _, _, dlse, *gradients, alibi_slopes = arrays
-    library = library_of(type(q))
-    if library.name != "NumPy":
-        raise InvalidArgument(f"backend='reference' takes numpy.ndarray; q is a {library.name} array: use cupy.asnumpy or .cpu().numpy()")
+    library = reference_library(q)
     request = _problem(library, arrays, options, "sm_90a", None).request
     softmax_scale, causal, window_size, sink_tokens, softcap, dropout_p, _, _ = options
     forward: dict[str, Any] = {"softmax_scale": softmax_scale, "causal": causal, "softcap": softcap}

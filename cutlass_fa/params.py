@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .dispatch import DispatchKey
+
 # C type -> NumPy type of the same size and alignment.
 _NUMPY_TYPES = {
     "void*": "u8",
@@ -58,8 +60,8 @@ _FORWARD_SIZES = (
     ParamField("num_m_blocks", "int", "ceil(seqlen_q / kQueriesPerTile)"),
     ParamField("num_tiles", "int", "num_m_blocks * heads of the work list * batch"),
 )
-SCALE = ParamField("softmax_scale_log2", "float", "softmax_scale * log2(e)")
-CAPPED_SCALE = (
+_SCALE = ParamField("softmax_scale_log2", "float", "softmax_scale * log2(e)")
+_CAPPED_SCALE = (
     ParamField("softmax_scale_log2", "float", "softcap * log2(e)"),
     ParamField("softcap_prescale", "float", "softmax_scale / softcap"),
 )
@@ -72,7 +74,7 @@ _WINDOW_RIGHT = ParamField("window_right", "int", "keys after a query's position
 _SINK_TOKENS = ParamField("sink_tokens", "int", "first keys, seen however far they lie before a window; at most seqlen_k")
 ALIBI_SLOPES = ParamField("alibi_slopes", "float*", "(num_heads_q,) or (batch, num_heads_q)")
 ALIBI_STRIDE = ParamField("alibi_stride_batch", "int64_t", "elements; 0 where all sequences share the slopes")
-ALIBI_SCALE = ParamField("alibi_scale", "float", "log2(e) / softmax_scale_log2: a bias in units of the scores")
+_ALIBI_SCALE = ParamField("alibi_scale", "float", "log2(e) / softmax_scale_log2: a bias in units of the scores")
 
 DROPOUT_STATE = (  # after the addresses: a run writes them too
     ParamField("dropout_seed", "uint64_t", "the random numbers' key"),
@@ -89,45 +91,36 @@ def strides(array: str) -> tuple[ParamField, ...]:
     return tuple(ParamField(f"{array}_stride_{axis}", "int64_t", "elements") for axis in ("batch", "row", "head"))
 
 
-def window_params(causal: bool, sink: bool) -> tuple[ParamField, ...]:
-    """A sliding window's fields; causality bounds the right side by itself."""
-    return (_WINDOW_LEFT,) + (_WINDOW_RIGHT,) * (not causal) + (_SINK_TOKENS,) * sink
+def scale_params(key: DispatchKey) -> tuple[ParamField, ...]:
+    """What turns products q k^T into exponents of 2."""
+    return _CAPPED_SCALE if key.softcap else (_SCALE,)
 
 
-def fa3_fwd_params(
-    causal: bool,
-    packed: bool,
-    dynamic_scheduler: bool,
-    softcap: bool = False,
-    window: bool = False,
-    sink: bool = False,
-    alibi: bool = False,
-) -> tuple[ParamField, ...]:
+def mask_params(key: DispatchKey) -> tuple[ParamField, ...]:
+    """The narrow fields of a sliding window and of ALiBi; causality bounds a window's right side by itself."""
+    window = (_WINDOW_LEFT,) + (_WINDOW_RIGHT,) * (not key.causal) + (_SINK_TOKENS,) * key.sink
+    return window * key.sliding_window + (_ALIBI_SCALE,) * key.alibi
+
+
+def fa3_fwd_params(key: DispatchKey, dynamic_scheduler: bool) -> tuple[ParamField, ...]:
     """The fields of an fa3 forward cell, widest first so that no compiler pads between them."""
-    heads = _NUM_HEADS_KV if packed else _HEADS_PER_KV_HEAD
-    scale = CAPPED_SCALE if softcap else (SCALE,)
-    others = (
-        (*_FORWARD_SIZES, *scale, heads) + (_HEADS_PER_SECTION,) * causal + window_params(causal, sink) * window + (ALIBI_SCALE,) * alibi
-    )
-    pointers = (*_OUTPUTS, *(_TILE_COUNTER,) * dynamic_scheduler) + (ALIBI_SLOPES,) * alibi
-    return (*pointers, *strides("o")) + (ALIBI_STRIDE,) * alibi + others
+    heads = _NUM_HEADS_KV if key.gqa_ratio > 1 else _HEADS_PER_KV_HEAD
+    pointers = (*_OUTPUTS, *(_TILE_COUNTER,) * dynamic_scheduler) + (ALIBI_SLOPES,) * key.alibi
+    wide = (*pointers, *strides("o")) + (ALIBI_STRIDE,) * key.alibi
+    return (*wide, *_FORWARD_SIZES, *scale_params(key), heads, *_forward_features(key))
 
 
-def fa2_fwd_params(
-    causal: bool, softcap: bool, dropout: bool, window: bool = False, sink: bool = False, alibi: bool = False
-) -> tuple[ParamField, ...]:
+def fa2_fwd_params(key: DispatchKey) -> tuple[ParamField, ...]:
     """The fields of an fa2 forward cell: what a run writes, then the other wide ones, then the narrow ones."""
-    pointers = (*_INPUTS, *_OUTPUTS) + (ALIBI_SLOPES,) * alibi
-    wide = pointers + DROPOUT_STATE * dropout + (*strides("q"), *strides("k"), *strides("v"), *strides("o")) + (ALIBI_STRIDE,) * alibi
-    scale = CAPPED_SCALE if softcap else (SCALE,)
+    pointers = (*_INPUTS, *_OUTPUTS) + (ALIBI_SLOPES,) * key.alibi + DROPOUT_STATE * key.dropout
+    wide = (*pointers, *strides("q"), *strides("k"), *strides("v"), *strides("o")) + (ALIBI_STRIDE,) * key.alibi
     sizes = tuple(field for field in _FORWARD_SIZES if field.name != "num_tiles")
-    return (
-        (*wide, *sizes, *scale, _HEADS_PER_KV_HEAD)
-        + (_HEADS_PER_SECTION,) * causal
-        + window_params(causal, sink) * window
-        + (ALIBI_SCALE,) * alibi
-        + DROPOUT_RATE * dropout
-    )
+    return (*wide, *sizes, *scale_params(key), _HEADS_PER_KV_HEAD) + _forward_features(key) + DROPOUT_RATE * key.dropout
+
+
+def _forward_features(key: DispatchKey) -> tuple[ParamField, ...]:
+    """The narrow fields that both families' forwards have with a feature."""
+    return (_HEADS_PER_SECTION,) * key.causal + mask_params(key)
 
 
 def params_dtype(fields: tuple[ParamField, ...]) -> np.dtype:

@@ -80,12 +80,11 @@ class Problem:
             arch=arch,
         )
         if out is None:
-            out = ArraySpec(q.shape, contiguous_strides(q.shape), q.dtype, q.device)
+            out = fresh_like(q)
         check_out(out, q)
         for name, spec in (("q", q), ("k", k), ("v", v), ("out", out)):
             check_strides(name, spec)
-            if spec.device != q.device:
-                raise InvalidArgument(f"{name} is on device {spec.device} and q on device {q.device}: all arrays must be on one GPU")
+            check_device(name, spec, q)
         if alibi_slopes is not None:
             check_slopes(alibi_slopes, q)
         return cls(request, q, k, v, out, alibi_slopes)
@@ -152,6 +151,12 @@ def check_strides(name: str, spec: ArraySpec) -> None:
             )
 
 
+def check_device(name: str, spec: ArraySpec, q: ArraySpec) -> None:
+    """Raises InvalidArgument unless the array is where q is."""
+    if spec.device != q.device:
+        raise InvalidArgument(f"{name} is on device {spec.device} and q on device {q.device}: all arrays must be on one GPU")
+
+
 def check_slopes(slopes: ArraySpec, q: ArraySpec) -> None:
     """Raises InvalidArgument unless ALiBi's slopes are float32, of each query head or of each sequence's, and on the GPU of q."""
     batch, _, num_heads_q, _ = q.shape
@@ -163,8 +168,12 @@ def check_slopes(slopes: ArraySpec, q: ArraySpec) -> None:
         raise InvalidArgument(f"alibi_slopes has dtype {slopes.dtype}: expected float32; convert it with astype")
     if slopes.shape[-1] > 1 and slopes.strides[-1] != 1:
         raise InvalidArgument(f"alibi_slopes has strides {slopes.strides} (elements): the last dimension must be contiguous (stride 1)")
-    if slopes.device != q.device:
-        raise InvalidArgument(f"alibi_slopes is on device {slopes.device} and q on device {q.device}: all arrays must be on one GPU")
+    check_device("alibi_slopes", slopes, q)
+
+
+def fresh_like(like: ArraySpec) -> ArraySpec:
+    """A contiguous array of the same shape, dtype and device."""
+    return ArraySpec(like.shape, contiguous_strides(like.shape), like.dtype, like.device)
 
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:

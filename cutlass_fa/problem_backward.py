@@ -7,7 +7,17 @@ from typing import Any
 
 from .arrays import ArraySpec
 from .errors import InvalidArgument
-from .problem import check_out, check_rank, check_same_dtype, check_shapes, check_slopes, check_strides, contiguous_strides
+from .problem import (
+    check_device,
+    check_out,
+    check_rank,
+    check_same_dtype,
+    check_shapes,
+    check_slopes,
+    check_strides,
+    contiguous_strides,
+    fresh_like,
+)
 from .requests import Fa2BwdRequest, PositionBias
 
 MAX_ROW_STRIDE = 2**31 - 1  # elements: the kernels multiply it as a 32-bit number
@@ -71,27 +81,23 @@ class BackwardProblem:
             **options,
         )
         lse_like = ArraySpec((batch, num_heads_q, seqlen_q), contiguous_strides((batch, num_heads_q, seqlen_q)), "float32", q.device)
-        out, lse = _kept(out, _fresh(q), "out", recompute), _kept(lse, lse_like, "lse", recompute)
+        out, lse = _kept(out, fresh_like(q), "out", recompute), _kept(lse, lse_like, "lse", recompute)
         check_out(dout, q, "dout", allow_broadcast=True)
         check_out(out, q)
-        dq, dk, dv = (spec or _fresh(like) for spec, like in zip(gradients, (q, k, v), strict=True))
+        dq, dk, dv = (spec or fresh_like(like) for spec, like in zip(gradients, (q, k, v), strict=True))
         for name, spec, like in (("dq", dq, "q"), ("dk", dk, "k"), ("dv", dv, "v")):
             check_out(spec, q if like == "q" else k, name, like)
         for name, spec in (("q", q), ("k", k), ("v", v), ("out", out), ("dout", dout), ("dq", dq), ("dk", dk), ("dv", dv)):
             check_strides(name, spec)
             _check_row_stride(name, spec)
-            _check_device(name, spec, q)
+            check_device(name, spec, q)
         for name, per_row in (("lse", lse), ("dlse", dlse)):
             if per_row is not None:
                 _check_per_row(name, per_row, lse_like)
-                _check_device(name, per_row, q)
+                check_device(name, per_row, q)
         if alibi_slopes is not None:
             check_slopes(alibi_slopes, q)
         return cls(request, q, k, v, out, dout, lse, dlse, dq, dk, dv, alibi_slopes)
-
-
-def _fresh(like: ArraySpec) -> ArraySpec:
-    return ArraySpec(like.shape, contiguous_strides(like.shape), like.dtype, like.device)
 
 
 def _kept(spec: ArraySpec | None, fresh: ArraySpec, name: str, recompute: bool) -> ArraySpec:
@@ -107,11 +113,6 @@ def _kept(spec: ArraySpec | None, fresh: ArraySpec, name: str, recompute: bool) 
 def _check_row_stride(name: str, spec: ArraySpec) -> None:
     if spec.shape[1] > 1 and spec.strides[1] > MAX_ROW_STRIDE:
         raise InvalidArgument(f"{name} has {spec.strides[1]} elements from one row to the next: at most {MAX_ROW_STRIDE}; copy {name}")
-
-
-def _check_device(name: str, spec: ArraySpec, q: ArraySpec) -> None:
-    if spec.device != q.device:
-        raise InvalidArgument(f"{name} is on device {spec.device} and q on device {q.device}: all arrays must be on one GPU")
 
 
 def _check_per_row(name: str, spec: ArraySpec, expected: ArraySpec) -> None:

@@ -188,21 +188,16 @@ class AttentionRequest:
         """softmax_scale with its default filled in."""
         return self.softmax_scale if self.softmax_scale is not None else 1.0 / math.sqrt(self.head_dim)
 
-    @property
-    def _head_dim(self) -> int:
-        """The cell's."""
-        head_dim = cell_head_dim(self.head_dim)
-        assert head_dim is not None  # checked when the request was made
-        return head_dim
-
     def _key(self, family: str, direction: str) -> DispatchKey:
         """The key of this request, heads not packed."""
+        head_dim = cell_head_dim(self.head_dim)
+        assert head_dim is not None  # checked when the request was made
         return DispatchKey(
             family,
             direction,
             self.arch,
             self.dtype,
-            self._head_dim,
+            head_dim,
             causal=self.mask.causal,
             sliding_window=self.mask.is_sliding,
             alibi=self.position_bias.alibi,
@@ -228,7 +223,7 @@ class Fa3FwdRequest(AttentionRequest):
     def dispatch_key(self) -> DispatchKey:
         """The cell this request needs; whether it exists is DISPATCH_TABLE's to say."""
         key = self._key("fa3", "fwd")
-        tile_m = fa3_fwd_tile_of(key.head_dim, uneven=key.causal or key.sliding_window).tile_m
+        tile_m = fa3_fwd_tile_of(key.head_dim, key.features).tile_m
         return replace(key, gqa_ratio=packed_gqa_ratio(self.seqlen_q, self.num_heads_q // self.num_heads_kv, tile_m))
 
 
@@ -290,7 +285,8 @@ class Fa2BwdRequest(AttentionRequest):
     @property
     def blocks(self) -> tuple[int, int]:
         """Blocks of queries of one head, and of keys."""
-        tile = fa2_bwd_tile(self.arch, self._head_dim, own_p=self.softcap > 0 or self.dropout_p > 0)
+        key = self._key("fa2", "bwd")
+        tile = fa2_bwd_tile(key.arch, key.head_dim, key.features)
         return -(-self.seqlen_q // tile.tile_m), -(-self.seqlen_k // tile.tile_n)
 
     @property

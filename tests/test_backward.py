@@ -182,8 +182,9 @@ def test_every_architecture_has_every_head_dim() -> None:
 @pytest.mark.parametrize("arch", ARCH_LIMITS)
 def test_passes_serve_tiles_with_and_without_a_second_p(arch: str) -> None:
     for head_dim in FA2_BWD_OWN_P_TILES.get(arch, {}):
-        plain, own = fa2_bwd_tile(arch, head_dim), fa2_bwd_tile(arch, head_dim, own_p=True)
+        plain, own = fa2_bwd_tile(arch, head_dim), fa2_bwd_tile(arch, head_dim, {"softcap"})
         assert plain != own and (plain.tile_m, plain.dq_warps_m) == (own.tile_m, own.dq_warps_m)
+        assert own == fa2_bwd_tile(arch, head_dim, {"dropout"})
 
 
 @pytest.mark.parametrize("cols", [32, 64, 80, 96, 128, 192, 256])

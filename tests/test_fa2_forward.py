@@ -125,7 +125,8 @@ def test_a_misfit_is_named() -> None:
 
 @pytest.mark.parametrize("features", list(np.ndindex(2, 2, 2, 2, 2, 2)), ids=str)
 def test_params_have_no_holes(features: tuple[int, ...]) -> None:
-    fields = fa2_fwd_params(*map(bool, features))
+    flags = dict(zip(("causal", "softcap", "dropout", "sliding_window", "sink", "alibi"), map(bool, features), strict=True))
+    fields = fa2_fwd_params(DispatchKey("fa2", "fwd", "sm_80", "bf16", 128, **flags))
     dtype = params_dtype(fields)
     offsets = [dtype.fields[field.name][1] for field in fields]
     expected = np.cumsum([0, *(field.size_bytes for field in fields)])

@@ -67,7 +67,9 @@ def test_invalid_key_has_no_cell() -> None:
 @pytest.mark.parametrize("window", [False, True])
 @pytest.mark.parametrize("alibi", [False, True])
 def test_params_have_no_holes(alibi: bool, window: bool, causal: bool, packed: bool, dynamic_scheduler: bool) -> None:
-    fields = fa3_fwd_params(causal, packed, dynamic_scheduler, window=window, sink=window and causal, alibi=alibi)
+    flags = {"causal": causal, "sliding_window": window, "sink": window and causal, "alibi": alibi}
+    key = DispatchKey("fa3", "fwd", "sm_90a", "bf16", 128, **flags, gqa_ratio=4 if packed else 1)
+    fields = fa3_fwd_params(key, dynamic_scheduler)
     dtype = params_dtype(fields)
     offsets = [dtype.fields[field.name][1] for field in fields]
     expected = np.cumsum([0, *(field.size_bytes for field in fields)])

@@ -5,6 +5,7 @@ Tiles are data: the sizes that FlashAttention-2 publishes for each shared memory
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 
 from .limits import table_arch
@@ -68,8 +69,9 @@ FA2_BWD_OWN_P_TILES: dict[str, dict[int, Fa2BwdTile]] = {
 }  # fmt: skip
 
 
-def fa2_bwd_tile(arch: str, head_dim: int, own_p: bool = False) -> Fa2BwdTile:
-    """The tile of a cell. tile_m and the order of dQ are the same with and without own_p, so that one preprocess and one convert serve."""
+def fa2_bwd_tile(arch: str, head_dim: int, features: Set[str] = frozenset()) -> Fa2BwdTile:
+    """The tile of a cell. features: presence flags of dispatch.py. tile_m and the order of dQ are the same for all of them, so that one
+    preprocess and one convert serve."""
     known = table_arch(arch)
     tile = FA2_BWD_TILES[known][head_dim]
-    return FA2_BWD_OWN_P_TILES.get(known, {}).get(head_dim, tile) if own_p else tile
+    return FA2_BWD_OWN_P_TILES.get(known, {}).get(head_dim, tile) if features & {"softcap", "dropout"} else tile

@@ -5,6 +5,7 @@ Tiles are data: FlashAttention-3's table was the start, tools/sweep_tiles.py the
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 
 
@@ -61,6 +62,6 @@ FA3_FWD_TILES: dict[tuple[int, bool], Fa3FwdTile] = {
 }
 
 
-def fa3_fwd_tile_of(head_dim: int, *, uneven: bool) -> Fa3FwdTile:
-    """The row of a cell's head_dim. uneven: rows see different keys."""
-    return FA3_FWD_TILES[head_dim, uneven]
+def fa3_fwd_tile_of(head_dim: int, features: Set[str]) -> Fa3FwdTile:
+    """The row of a cell. features: presence flags of dispatch.py."""
+    return FA3_FWD_TILES[head_dim, bool(features & {"causal", "sliding_window"})]

@@ -11,15 +11,13 @@ from ..cell import Cell, round_up
 from ..dispatch import DispatchKey
 from ..layouts import PaddedTile
 from ..params import (
-    ALIBI_SCALE,
     ALIBI_SLOPES,
     ALIBI_STRIDE,
-    CAPPED_SCALE,
     DROPOUT_RATE,
     DROPOUT_STATE,
-    SCALE,
     ParamField,
-    window_params,
+    mask_params,
+    scale_params,
 )
 
 WARPS_PER_GROUP = 4
@@ -39,7 +37,7 @@ class Fa2BwdCell(Cell):
 
     @classmethod
     def for_key(cls, key: DispatchKey) -> Fa2BwdCell:
-        return cls(key, fa2_bwd_tile(key.arch, key.head_dim, own_p=key.softcap or key.dropout))
+        return cls(key, fa2_bwd_tile(key.arch, key.head_dim, key.features))
 
     def misfits(self) -> list[str]:
         tile = self.tile
@@ -223,9 +221,7 @@ def fa2_bwd_params(key: DispatchKey) -> tuple[ParamField, ...]:
     )
     splits = (ParamField("num_splits", "int", "CTAs that share a block of keys, each with some of its queries"),) * key.split
     copies = (ParamField("num_copies", "int", "copies of dq_acc, at most num_n_blocks"),) * key.deterministic
-    scale = CAPPED_SCALE if key.softcap else (SCALE,)
     wide, rows = array_fields("q", "k", "v", "dout", *(() if key.split else ("dk", "dv")))
     addresses = inputs + (parts if key.split else gradients) + (ALIBI_SLOPES,) * key.alibi + DROPOUT_STATE * key.dropout
-    masks = window_params(key.causal, key.sink) * key.sliding_window + (ALIBI_SCALE,) * key.alibi
     wide += (ALIBI_STRIDE,) * key.alibi
-    return addresses + wide + rows + numbers + splits + copies + scale + masks + DROPOUT_RATE * key.dropout
+    return addresses + wide + rows + numbers + splits + copies + scale_params(key) + mask_params(key) + DROPOUT_RATE * key.dropout

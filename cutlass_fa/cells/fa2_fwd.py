@@ -6,17 +6,17 @@ from dataclasses import dataclass
 
 from ..arch.limits import MAX_REGISTERS_PER_THREAD, REGISTERS_PER_SM, limits_of
 from ..arch.sm80 import Fa2FwdTile, fa2_fwd_tile
-from ..cell import Cell, round_up
+from ..cell import round_up
 from ..dispatch import DispatchKey
-from ..layouts import SwizzledTile
 from ..params import ParamField, fa2_fwd_params
+from .swizzled import SwizzledCell
 
 MMA_ROWS = 16  # query rows, head_dim columns or keys of one mma's operand A; two blocks of its B
 CTA_RESERVED_BYTES = 1 << 10  # shared memory that the system takes for each CTA
 
 
 @dataclass(frozen=True)
-class Fa2FwdCell(Cell):
+class Fa2FwdCell(SwizzledCell):
     """One fa2 forward kernel: tile, shared-memory layouts and the named booleans that its template tests."""
 
     tile: Fa2FwdTile
@@ -92,22 +92,6 @@ class Fa2FwdCell(Cell):
         return 128 if self.head_dim % 64 == 0 else 64
 
     @property
-    def q_tile(self) -> SwizzledTile:
-        return SwizzledTile(self.tile_m, self.head_dim, self.swizzle_bytes)
-
-    @property
-    def kv_tile(self) -> SwizzledTile:
-        return SwizzledTile(self.tile_n, self.head_dim, self.swizzle_bytes)
-
-    @property
-    def chunk_columns(self) -> int:
-        return self.q_tile.chunk_cols
-
-    @property
-    def chunks(self) -> int:
-        return self.q_tile.num_chunks
-
-    @property
     def smem_bytes(self) -> int:
         """sizeof(SharedStorage): Q and the rings of K and V, each tile at a multiple of 1024."""
         return round_up(self.q_tile.size_bytes, 1024) + 2 * round_up(self.stages * self.kv_tile.size_bytes, 1024)
@@ -126,4 +110,4 @@ class Fa2FwdCell(Cell):
 
     @property
     def params(self) -> tuple[ParamField, ...]:
-        return fa2_fwd_params(self.is_causal, self.has_softcap, self.has_dropout, self.has_window, self.has_sink, self.has_alibi)
+        return fa2_fwd_params(self.key)

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 from ..arch.limits import REGISTERS_PER_SM
 from ..arch.sm90 import Fa3FwdTile, fa3_fwd_tile_of
-from ..cell import Cell, round_up
+from ..cell import round_up
 from ..dispatch import DispatchKey
-from ..layouts import SwizzledTile
 from ..params import ParamField, fa3_fwd_params
+from .swizzled import SwizzledCell
 
 WARPGROUP_THREADS = 128
 MMA_K = 16  # columns (or keys) one 16-bit wgmma consumes
 
 
 @dataclass(frozen=True)
-class Fa3FwdCell(Cell):
+class Fa3FwdCell(SwizzledCell):
     """One fa3 forward kernel: tile, stages, registers, shared-memory layouts and the named booleans that templates test."""
 
     tile: Fa3FwdTile
@@ -27,7 +26,7 @@ class Fa3FwdCell(Cell):
 
     @classmethod
     def for_key(cls, key: DispatchKey) -> Fa3FwdCell:
-        return cls(key, fa3_fwd_tile_of(key.head_dim, uneven=key.causal or key.sliding_window))
+        return cls(key, fa3_fwd_tile_of(key.head_dim, key.features))
 
     def misfits(self) -> list[str]:
         registers = WARPGROUP_THREADS * (self.tile.producer_registers + self.consumers * self.tile.consumer_registers)
@@ -96,22 +95,6 @@ class Fa3FwdCell(Cell):
     def swizzle_bytes(self) -> int:
         return self.tile.swizzle_bytes
 
-    @cached_property
-    def q_tile(self) -> SwizzledTile:
-        return SwizzledTile(self.tile_m, self.head_dim, self.swizzle_bytes)
-
-    @cached_property
-    def kv_tile(self) -> SwizzledTile:
-        return SwizzledTile(self.tile_n, self.head_dim, self.swizzle_bytes)
-
-    @property
-    def chunk_columns(self) -> int:
-        return self.q_tile.chunk_cols
-
-    @property
-    def chunks(self) -> int:
-        return self.q_tile.num_chunks
-
     @property
     def padded_columns(self) -> int:
         return self.q_tile.padded_cols
@@ -176,6 +159,4 @@ class Fa3FwdCell(Cell):
 
     @property
     def params(self) -> tuple[ParamField, ...]:
-        return fa3_fwd_params(
-            self.is_causal, self.is_packed, self.has_dynamic_scheduler, self.has_softcap, self.has_window, self.has_sink, self.has_alibi
-        )
+        return fa3_fwd_params(self.key, self.has_dynamic_scheduler)

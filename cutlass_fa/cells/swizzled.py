@@ -1,0 +1,36 @@
+"""What the forwards share, whose tiles of Q, K and V lie swizzled in shared memory."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+
+from ..cell import Cell
+from ..layouts import SwizzledTile
+
+
+@dataclass(frozen=True)
+class SwizzledCell(Cell):
+    """One kernel with swizzled tiles, Q's of tile_m rows, K's and V's of tile_n."""
+
+    @property
+    @abstractmethod
+    def swizzle_bytes(self) -> int:
+        """Width of a chunk, within which 16-byte units are swizzled."""
+
+    @cached_property
+    def q_tile(self) -> SwizzledTile:
+        return SwizzledTile(self.tile_m, self.head_dim, self.swizzle_bytes)
+
+    @cached_property
+    def kv_tile(self) -> SwizzledTile:
+        return SwizzledTile(self.tile_n, self.head_dim, self.swizzle_bytes)
+
+    @property
+    def chunk_columns(self) -> int:
+        return self.q_tile.chunk_cols
+
+    @property
+    def chunks(self) -> int:
+        return self.q_tile.num_chunks
