@@ -9,6 +9,7 @@ from .arrays import ArrayLibrary, check_one_library, library_of, not_on_gpu
 from .device import check_current_device, device_info
 from .dropout import dropout_mask
 from .errors import InvalidArgument
+from .extras import EXTRA_NAMES, ExtraSpecs
 from .launch import ForwardPlan
 from .launches import forward_plan
 from .problem import Problem, check_pointers
@@ -66,15 +67,16 @@ def flash_attn_func(
     for bad input, UnsupportedCell for a combination without a kernel, MockMode where there is no GPU, CompileError, CompileDisabled.
     """
     options = (softmax_scale, causal, tuple(window_size), sink_tokens, persistent, softcap, dropout_p, family)
+    extras = (alibi_slopes,)
     random_state = (dropout_seed, dropout_offset)
     if dropout_p:
         check_random_state(random_state)
     if backend == "reference":
-        return _reference(q, k, v, out, return_lse, options, alibi_slopes, random_state)
+        return _reference(q, k, v, out, return_lse, options, extras, random_state)
     if backend != "cuda":
         raise InvalidArgument(f"backend={backend!r}: accepted are {', '.join(BACKENDS)}")
     library = library_of(type(q))
-    plan = _plan(library, (q, k, v) if out is None else (q, k, v, out), options, alibi_slopes)
+    plan = _plan(library, (q, k, v) if out is None else (q, k, v, out), options, extras)
     problem = plan.problem
     device = problem.q.device
     if out is None:
@@ -85,47 +87,54 @@ def flash_attn_func(
     if return_lse:
         lse = library.empty(problem.lse_shape, "f32", device)
         (lse_pointer,) = library.pointers((lse,))
-    slopes_pointer = 0 if alibi_slopes is None else library.pointers((alibi_slopes,))[0]
-    plan.run(pointers[:3], pointers[3], lse_pointer, library.current_stream(device), random_state, slopes_pointer)
+    extra_pointers = library.pointers([extras[i] for i in plan.extra_words]) if plan.extra_words else ()
+    plan.run(pointers[:3], pointers[3], lse_pointer, library.current_stream(device), random_state, extra_pointers)
     return (out, lse) if return_lse else out
 
 
-# The arguments of a call that are neither arrays nor new at every call: softmax_scale, causal, window_size, sink_tokens,
-# persistent, softcap, dropout_p, family. A plain tuple, because it is made and hashed on every call.
+# The arguments of a call that are neither arrays nor new at every call, in the order of _OPTION_NAMES. A plain tuple, because it is made
+# and hashed on every call.
 _Options = tuple[float | None, bool, tuple[int, ...], int, PersistentMode | None, float, float, str | None]
+_OPTION_NAMES = ("softmax_scale", "causal", "window_size", "sink_tokens", "persistent", "softcap", "dropout_p", "family")
 
 _plans: dict[tuple[Any, ...], ForwardPlan] = {}
 _MAX_PLANS = 4096
 
 
-def _plan(library: ArrayLibrary, arrays: tuple[Any, ...], options: _Options, alibi_slopes: Any) -> ForwardPlan:
+def _plan(library: ArrayLibrary, arrays: tuple[Any, ...], options: _Options, extras: tuple[Any, ...]) -> ForwardPlan:
     """The launch plan of a call, made at the first call of its kind and found by shapes, strides, dtypes and options afterwards.
 
-    arrays: q, k, v, and out where the caller brings it."""
+    arrays: q, k, v, and out where the caller brings it. extras: arrays or None, in the order of EXTRA_NAMES."""
     try:
-        kind = (library.signatures(arrays), options, None if alibi_slopes is None else library.signatures((alibi_slopes,)))
+        kind = (library.signatures(arrays), options, extra_signatures(library, extras))
     except AttributeError:
-        _check_one_library(arrays, alibi_slopes)
+        _check_one_library(arrays, extras)
         raise
     plan = _plans.get(kind)
     if plan is None:
-        _check_one_library(arrays, alibi_slopes)
-        plan = _make_plan(library, (*arrays, None)[:4], options, alibi_slopes)
+        _check_one_library(arrays, extras)
+        plan = _make_plan(library, (*arrays, None)[:4], options, extras)
         if len(_plans) >= _MAX_PLANS:
             _plans.clear()
         _plans[kind] = plan
     return plan
 
 
-def _check_one_library(arrays: tuple[Any, ...], alibi_slopes: Any) -> None:
-    check_one_library((*("q", "k", "v", "out")[: len(arrays)], "alibi_slopes"), (*arrays, alibi_slopes))
+def extra_signatures(library: ArrayLibrary, extras: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """A hashable that determines which extra arrays there are and what they look like; None where there are none."""
+    given = [array for array in extras if array is not None]
+    return (library.signatures(given), tuple([array is None for array in extras])) if given else None
 
 
-def _make_plan(library: ArrayLibrary, arrays: tuple[Any, ...], options: _Options, alibi_slopes: Any) -> ForwardPlan:
+def _check_one_library(arrays: tuple[Any, ...], extras: tuple[Any, ...]) -> None:
+    check_one_library((*("q", "k", "v", "out")[: len(arrays)], *EXTRA_NAMES), (*arrays, *extras))
+
+
+def _make_plan(library: ArrayLibrary, arrays: tuple[Any, ...], options: _Options, extras: tuple[Any, ...]) -> ForwardPlan:
     """arrays: q, k, v, and out or None."""
     device = library.spec(arrays[0]).device
     # Shapes are checked for CPU arrays too, as for a Hopper GPU, before their place in memory is refused.
-    problem = _problem(library, arrays, options, alibi_slopes, device_info(device).arch if device >= 0 else "sm_90a")
+    problem = _problem(library, arrays, options, extras, device_info(device).arch if device >= 0 else "sm_90a")
     if device < 0:
         raise not_on_gpu(library)
     check_current_device(device)
@@ -139,25 +148,12 @@ def mask_of(window_size: tuple[int, ...], causal: bool) -> MaskKind:
     return Window(*window_size, causal=causal)
 
 
-def _problem(library: ArrayLibrary, arrays: tuple[Any, ...], options: _Options, alibi_slopes: Any, arch: str) -> Problem:
-    softmax_scale, causal, window_size, sink_tokens, persistent, softcap, dropout_p, family = options
-    q, k, v, out, slopes = (None if array is None else library.spec(array) for array in (*arrays, alibi_slopes))
+def _problem(library: ArrayLibrary, arrays: tuple[Any, ...], options: _Options, extras: tuple[Any, ...], arch: str) -> Problem:
+    named: dict[str, Any] = dict(zip(_OPTION_NAMES, options, strict=True))
+    mask = mask_of(named.pop("window_size"), named.pop("causal"))
+    q, k, v, out = (None if array is None else library.spec(array) for array in arrays)
     assert q is not None and k is not None and v is not None
-    return Problem.from_specs(
-        q,
-        k,
-        v,
-        out,
-        arch=arch,
-        mask=mask_of(window_size, causal),
-        sink_tokens=sink_tokens,
-        alibi_slopes=slopes,
-        softmax_scale=softmax_scale,
-        softcap=softcap,
-        dropout_p=dropout_p,
-        persistent=persistent,
-        family=family,
-    )
+    return Problem.from_specs(q, k, v, out, arch=arch, mask=mask, extras=ExtraSpecs.of(library, extras), **named)
 
 
 def check_random_state(random_state: tuple[int, int]) -> None:
@@ -176,31 +172,20 @@ def reference_library(q: Any) -> ArrayLibrary:
 
 
 def _reference(
-    q: Any, k: Any, v: Any, out: Any, return_lse: bool, options: _Options, alibi_slopes: Any, random_state: tuple[int, int]
+    q: Any, k: Any, v: Any, out: Any, return_lse: bool, options: _Options, extras: tuple[Any, ...], random_state: tuple[int, int]
 ) -> Any:
     """The same call on NumPy arrays, in float64, rounded to q's dtype (lse to float32)."""
     from .reference import attention_forward
 
     library = reference_library(q)
-    _check_one_library((q, k, v) if out is None else (q, k, v, out), alibi_slopes)
-    request = _problem(library, (q, k, v, out), options, alibi_slopes, "sm_90a").request  # refuses what the kernels refuse
-    softmax_scale, causal, window_size, sink_tokens = options[:4]
-    mask = None
+    _check_one_library((q, k, v) if out is None else (q, k, v, out), extras)
+    request = _problem(library, (q, k, v, out), options, extras, "sm_90a").request  # refuses what the kernels refuse
+    named: dict[str, Any] = dict(zip(_OPTION_NAMES, options, strict=True)) | dict(zip(EXTRA_NAMES, extras, strict=True))
+    del named["persistent"], named["family"]
     if request.dropout_p > 0:
-        mask = dropout_mask(*random_state, request.dropout_p, request.batch, request.num_heads_q, request.seqlen_q, request.seqlen_k)
-    result, lse = attention_forward(
-        q,
-        k,
-        v,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size=window_size,
-        sink_tokens=sink_tokens,
-        alibi_slopes=alibi_slopes,
-        softcap=request.softcap,
-        dropout_mask=mask,
-        dropout_p=request.dropout_p,
-    )
+        sizes = (request.batch, request.num_heads_q, request.seqlen_q, request.seqlen_k)
+        named["dropout_mask"] = dropout_mask(*random_state, request.dropout_p, *sizes)
+    result, lse = attention_forward(q, k, v, **named)
     if out is None:
         out = result.astype(q.dtype)
     else:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from . import kernels
-from .api import BACKENDS, check_random_state, flash_attn_func, mask_of, reference_library
+from .api import BACKENDS, check_random_state, extra_signatures, flash_attn_func, mask_of, reference_library
 from .arrays import ArrayLibrary, check_one_library, library_of, not_on_gpu
 from .device import check_current_device, device_info
 from .errors import InvalidArgument
-from .launches.fa2_bwd import BackwardPointers, Fa2BwdPlan
+from .extras import EXTRA_NAMES, ExtraSpecs
+from .launches.fa2_bwd import Fa2BwdPlan
 from .problem import ALIGNMENT_BYTES
 from .problem_backward import BackwardProblem
 
-# softmax_scale, causal, window_size, sink_tokens, softcap, dropout_p, deterministic, recompute.
 _Options = tuple[float | None, bool, tuple[int, ...], int, float, float, bool, bool]
+_OPTION_NAMES = ("softmax_scale", "causal", "window_size", "sink_tokens", "softcap", "dropout_p", "deterministic", "recompute")
+_NOT_THE_FORWARDS = ("deterministic", "recompute")
 
 
 def flash_attn_backward(
@@ -61,64 +64,70 @@ def flash_attn_backward(
     CompileError, CompileDisabled.
     """
     options = (softmax_scale, causal, tuple(window_size), sink_tokens, softcap, dropout_p, deterministic, recompute)
+    extras = (alibi_slopes,)
     random_state = (dropout_seed, dropout_offset)
     gradients = (dq, dk, dv)
+    arrays = (q, k, v, out, dout, lse, dlse, *gradients)
     if dropout_p:
         check_random_state(random_state)
     if backend == "reference":
-        return _reference((dout, q, k, v, out, lse, dlse, *gradients, alibi_slopes), options, random_state)
+        return _reference(arrays, options, extras, random_state)
     if backend != "cuda":
         raise InvalidArgument(f"backend={backend!r}: accepted are {', '.join(BACKENDS)}")
     library = library_of(type(q))
-    plan = _plan(library, (dout, q, k, v, out, lse, dlse, *gradients, alibi_slopes), options)
+    plan = _plan(library, arrays, options, extras)
     problem, device = plan.problem, plan.problem.q.device
     if recompute:
-        forward: dict[str, Any] = {"softmax_scale": softmax_scale, "causal": causal, "softcap": softcap}
-        forward |= {"window_size": window_size, "sink_tokens": sink_tokens, "alibi_slopes": alibi_slopes}
-        forward |= {"dropout_p": dropout_p, "dropout_seed": dropout_seed, "dropout_offset": dropout_offset}
-        out, lse = flash_attn_func(q, k, v, return_lse=True, **forward)
-    fresh = (
+        forward = _forward_options(options, extras)
+        out, lse = flash_attn_func(q, k, v, return_lse=True, dropout_seed=dropout_seed, dropout_offset=dropout_offset, **forward)
+    dq, dk, dv = (
         library.empty(spec.shape, spec.dtype, device) if given is None else given
         for given, spec in zip(gradients, (problem.dq, problem.dk, problem.dv), strict=True)
     )
-    dq, dk, dv = fresh
     workspace = library.empty((plan.workspace.floats,), "f32", device)
-    given = (q, k, v, out, dout, lse, dq, dk, dv, dlse, alibi_slopes)
-    found = iter(library.pointers([x for x in (workspace, *given) if x is not None]))
-    start = next(found)
-    pointers = BackwardPointers(*(0 if x is None else next(found) for x in given))
-    _check_pointers(pointers)
-    plan.run(pointers, start, library.current_stream(device), random_state)
+    named = dict(zip((*_NAMES, *EXTRA_NAMES), (q, k, v, out, dout, lse, dlse, dq, dk, dv, *extras), strict=True))
+    given = {name: array for name, array in named.items() if array is not None}
+    start, *found = library.pointers([workspace, *given.values()])
+    addresses = dict.fromkeys(named, 0) | dict(zip(given, found, strict=True))
+    _check_addresses(addresses)
+    plan.run(addresses, start, library.current_stream(device), random_state)
     return dq, dk, dv
+
+
+def _forward_options(options: _Options, extras: tuple[Any, ...]) -> dict[str, Any]:
+    """What the forward is given of a backward's arguments, by their names, the random state apart."""
+    named: dict[str, Any] = dict(zip(_OPTION_NAMES, options, strict=True)) | dict(zip(EXTRA_NAMES, extras, strict=True))
+    return {name: value for name, value in named.items() if name not in _NOT_THE_FORWARDS}
 
 
 _plans: dict[tuple[Any, ...], Fa2BwdPlan] = {}
 _MAX_PLANS = 4096
 
 
-# Arrays of a call in the order of this module's tuples; the last seven may be None.
-_NAMES = ("dout", "q", "k", "v", "out", "lse", "dlse", "dq", "dk", "dv", "alibi_slopes")
+# Arrays of a call, those that any call may bring apart, in the order of this module's tuples; from out on, all but dout may be None.
+_NAMES = ("q", "k", "v", "out", "dout", "lse", "dlse", "dq", "dk", "dv")
 
 
-def _plan(library: ArrayLibrary, arrays: tuple[Any, ...], options: _Options) -> Fa2BwdPlan:
+def _plan(library: ArrayLibrary, arrays: tuple[Any, ...], options: _Options, extras: tuple[Any, ...]) -> Fa2BwdPlan:
     """The launch plan of a call, made at the first call of its kind and found by shapes, strides, dtypes and options afterwards."""
-    check_one_library(("q", *_NAMES), (arrays[1], *arrays))
+    check_one_library((*_NAMES, *EXTRA_NAMES), (*arrays, *extras))
     given = tuple(array is not None for array in arrays)
-    kind = (library.signatures([array for array in arrays if array is not None]), given, options)
+    kind = (library.signatures([array for array in arrays if array is not None]), given, options, extra_signatures(library, extras))
     plan = _plans.get(kind)
     if plan is None:
-        plan = _make_plan(library, arrays, options)
+        plan = _make_plan(library, arrays, options, extras)
         if len(_plans) >= _MAX_PLANS:
             _plans.clear()
         _plans[kind] = plan
     return plan
 
 
-def _make_plan(library: ArrayLibrary, arrays: tuple[Any, ...], options: _Options) -> Fa2BwdPlan:
-    device = library.spec(arrays[1]).device
+def _make_plan(library: ArrayLibrary, arrays: tuple[Any, ...], options: _Options, extras: tuple[Any, ...]) -> Fa2BwdPlan:
+    device = library.spec(arrays[0]).device
     info = device_info(device) if device >= 0 else None
     # Shapes are checked for CPU arrays too, as for a Hopper GPU, before their place in memory is refused.
-    problem = _problem(library, arrays, options, "sm_90a" if info is None else info.arch, None if info is None else info.num_sms)
+    arch, num_sms = ("sm_90a", None) if info is None else (info.arch, info.num_sms)
+    problem = _problem(library, arrays, options, extras, arch, num_sms)
     if info is None:
         raise not_on_gpu(library)
     check_current_device(device)
@@ -126,57 +135,45 @@ def _make_plan(library: ArrayLibrary, arrays: tuple[Any, ...], options: _Options
     return Fa2BwdPlan(problem, {key: kernels.get(key) for key in keys})
 
 
-def _problem(library: ArrayLibrary, arrays: tuple[Any, ...], options: _Options, arch: str, num_sms: int | None) -> BackwardProblem:
-    softmax_scale, causal, window_size, sink_tokens, softcap, dropout_p, deterministic, recompute = options
-    dout, q, k, v, out, lse, dlse, dq, dk, dv, alibi_slopes = (None if array is None else library.spec(array) for array in arrays)
+def _problem(
+    library: ArrayLibrary, arrays: tuple[Any, ...], options: _Options, extras: tuple[Any, ...], arch: str, num_sms: int | None
+) -> BackwardProblem:
+    named: dict[str, Any] = dict(zip(_OPTION_NAMES, options, strict=True))
+    mask = mask_of(named.pop("window_size"), named.pop("causal"))
+    q, k, v, out, dout, lse, dlse, *gradients = (None if array is None else library.spec(array) for array in arrays)
     for name, spec in (("dout", dout), ("q", q), ("k", k), ("v", v)):
         if spec is None:
             raise InvalidArgument(f"{name} is None: dout, q, k and v are needed")
     assert dout is not None and q is not None and k is not None and v is not None
-    return BackwardProblem.from_specs(
-        dout,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        dlse,
-        (dq, dk, dv),
-        recompute=recompute,
-        arch=arch,
-        mask=mask_of(window_size, causal),
-        sink_tokens=sink_tokens,
-        alibi_slopes=alibi_slopes,
-        softmax_scale=softmax_scale,
-        softcap=softcap,
-        dropout_p=dropout_p,
-        deterministic=deterministic,
-        num_sms=num_sms,
-    )
+    dq, dk, dv = gradients
+    specs = (dout, q, k, v, out, lse, dlse, (dq, dk, dv))
+    extra_specs = ExtraSpecs.of(library, extras)
+    return BackwardProblem.from_specs(*specs, arch=arch, mask=mask, extras=extra_specs, num_sms=num_sms, **named)
 
 
-def _check_pointers(pointers: BackwardPointers) -> None:
-    """Raises InvalidArgument, naming the array, unless every address is a multiple of 16 bytes (of 4 for lse, dlse and alibi_slopes)."""
-    for name, pointer in vars(pointers).items():
-        alignment = 4 if name in ("lse", "dlse", "alibi_slopes") else ALIGNMENT_BYTES
-        if pointer % alignment:
-            raise InvalidArgument(f"{name} starts at address {pointer:#x}, not a multiple of {alignment} bytes; copy it to a fresh array")
+_OF_FLOATS = ("lse", "dlse", *EXTRA_NAMES)  # arrays of 4-byte numbers that are read one by one
 
 
-def _reference(arrays: tuple[Any, ...], options: _Options, random_state: tuple[int, int]) -> tuple[Any, Any, Any]:
+def _check_addresses(addresses: Mapping[str, int]) -> None:
+    """Raises InvalidArgument, naming the array, unless every address is a multiple of 16 bytes (of 4 where numbers are read one by one)."""
+    for name, address in addresses.items():
+        alignment = 4 if name in _OF_FLOATS else ALIGNMENT_BYTES
+        if address % alignment:
+            raise InvalidArgument(f"{name} starts at address {address:#x}, not a multiple of {alignment} bytes; copy it to a fresh array")
+
+
+def _reference(arrays: tuple[Any, ...], options: _Options, extras: tuple[Any, ...], random_state: tuple[int, int]) -> tuple[Any, Any, Any]:
     """The same call on NumPy arrays, in float64 from q, k, v and dout alone, rounded to q's dtype."""
     from .dropout import dropout_mask
     from .reference import attention_backward
 
-    dout, q, k, v, _, _, dlse, *gradients, alibi_slopes = arrays
+    q, k, v, _, dout, _, dlse, *gradients = arrays
     library = reference_library(q)
-    request = _problem(library, arrays, options, "sm_90a", None).request
-    softmax_scale, causal, window_size, sink_tokens, softcap, dropout_p, _, _ = options
-    forward: dict[str, Any] = {"softmax_scale": softmax_scale, "causal": causal, "softcap": softcap}
-    forward |= {"window_size": window_size, "sink_tokens": sink_tokens, "alibi_slopes": alibi_slopes}
-    if dropout_p:
+    request = _problem(library, arrays, options, extras, "sm_90a", None).request
+    forward = _forward_options(options, extras)
+    if request.dropout_p > 0:
         sizes = (request.batch, request.num_heads_q, request.seqlen_q, request.seqlen_k)
-        forward |= {"dropout_mask": dropout_mask(*random_state, dropout_p, *sizes), "dropout_p": dropout_p}
+        forward["dropout_mask"] = dropout_mask(*random_state, request.dropout_p, *sizes)
     exact = attention_backward(dout, q, k, v, dlse=dlse, **forward)
     results = []
     for given, value in zip(gradients, (exact.dq, exact.dk, exact.dv), strict=True):

@@ -5,7 +5,7 @@ has changed (addresses, host addresses of tensor maps, a random state) and calls
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any, Protocol
 
@@ -29,12 +29,14 @@ class ForwardPlan(Protocol):
     problem: Problem
     kernel: Kernel
 
+    extra_words: dict[int, int]  # of the extra arrays that a run is given: extras.extra_words
+
     def run(
-        self, qkv: tuple[int, ...], out: int, lse: int, stream: int, random_state: tuple[int, int] = (0, 0), alibi_slopes: int = 0
+        self, qkv: tuple[int, ...], out: int, lse: int, stream: int, random_state: tuple[int, int] = (0, 0), extras: Sequence[int] = ()
     ) -> None:
         """Launch on the device addresses of q, k and v, of out, and of lse (0: not written), on a CUstream. Asynchronous; may be captured
-        in a CUDA graph. random_state: seed and offset of dropout, each a 64-bit number; alibi_slopes: an address; neither is looked at by
-        a kernel that has no such thing.
+        in a CUDA graph. random_state: seed and offset of dropout, each a 64-bit number, not looked at by a kernel without; extras: device
+        addresses in the order of extra_words.
 
         The caller's current device must be the plan's. Raises LaunchError or the driver's error."""
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from .arrays import ArraySpec
 from .errors import InvalidArgument, UnsupportedDtype
+from .extras import NO_EXTRAS, ExtraSpecs, check_device
 from .requests import DTYPES_16BIT, FwdRequest, MaskKind, PersistentMode, PositionBias, forward_request
 
 ALIGNMENT_BYTES = 16  # of every address and stride: the granularity of TMA and of the kernels' stores
@@ -17,15 +18,14 @@ _ELEMENT_BYTES = 2
 
 @dataclass(frozen=True)
 class Problem:
-    """q (batch, seqlen_q, num_heads_q, head_dim), k and v (batch, seqlen_k, num_heads_kv, head_dim), out like q; strides in elements.
-    alibi_slopes (num_heads_q,) or (batch, num_heads_q), or None."""
+    """q (batch, seqlen_q, num_heads_q, head_dim), k and v (batch, seqlen_k, num_heads_kv, head_dim), out like q; strides in elements."""
 
     request: FwdRequest
     q: ArraySpec
     k: ArraySpec
     v: ArraySpec
     out: ArraySpec
-    alibi_slopes: ArraySpec | None = None
+    extras: ExtraSpecs = NO_EXTRAS
 
     @property
     def lse_shape(self) -> tuple[int, int, int]:
@@ -43,7 +43,7 @@ class Problem:
         arch: str,
         mask: MaskKind,
         sink_tokens: int = 0,
-        alibi_slopes: ArraySpec | None = None,
+        extras: ExtraSpecs = NO_EXTRAS,
         softmax_scale: float | None = None,
         softcap: float = 0.0,
         dropout_p: float = 0.0,
@@ -73,7 +73,7 @@ class Problem:
             dtype=q.dtype,
             mask=mask,
             sink_tokens=sink_tokens,
-            position_bias=PositionBias(alibi_slopes is not None),
+            position_bias=PositionBias(extras.alibi_slopes is not None),
             softmax_scale=softmax_scale,
             softcap=softcap,
             dropout_p=dropout_p,
@@ -85,9 +85,8 @@ class Problem:
         for name, spec in (("q", q), ("k", k), ("v", v), ("out", out)):
             check_strides(name, spec)
             check_device(name, spec, q)
-        if alibi_slopes is not None:
-            check_slopes(alibi_slopes, q)
-        return cls(request, q, k, v, out, alibi_slopes)
+        extras.check(q, batch)
+        return cls(request, q, k, v, out, extras)
 
 
 def check_pointers(pointers: tuple[int, ...]) -> None:
@@ -149,26 +148,6 @@ def check_strides(name: str, spec: ArraySpec) -> None:
                 f"{name} has strides {spec.strides} (elements): the stride of dimension {axis} must be a non-negative multiple of {step} "
                 f"({ALIGNMENT_BYTES} bytes); copy {name} to a contiguous array"
             )
-
-
-def check_device(name: str, spec: ArraySpec, q: ArraySpec) -> None:
-    """Raises InvalidArgument unless the array is where q is."""
-    if spec.device != q.device:
-        raise InvalidArgument(f"{name} is on device {spec.device} and q on device {q.device}: all arrays must be on one GPU")
-
-
-def check_slopes(slopes: ArraySpec, q: ArraySpec) -> None:
-    """Raises InvalidArgument unless ALiBi's slopes are float32, of each query head or of each sequence's, and on the GPU of q."""
-    batch, _, num_heads_q, _ = q.shape
-    if slopes.shape not in ((num_heads_q,), (batch, num_heads_q)):
-        raise InvalidArgument(
-            f"alibi_slopes has shape {slopes.shape}: expected ({num_heads_q},) or ({batch}, {num_heads_q}), a slope a head"
-        )
-    if slopes.dtype != "float32":
-        raise InvalidArgument(f"alibi_slopes has dtype {slopes.dtype}: expected float32; convert it with astype")
-    if slopes.shape[-1] > 1 and slopes.strides[-1] != 1:
-        raise InvalidArgument(f"alibi_slopes has strides {slopes.strides} (elements): the last dimension must be contiguous (stride 1)")
-    check_device("alibi_slopes", slopes, q)
 
 
 def fresh_like(like: ArraySpec) -> ArraySpec:

@@ -7,13 +7,12 @@ from typing import Any
 
 from .arrays import ArraySpec
 from .errors import InvalidArgument
+from .extras import NO_EXTRAS, ExtraSpecs, check_device
 from .problem import (
-    check_device,
     check_out,
     check_rank,
     check_same_dtype,
     check_shapes,
-    check_slopes,
     check_strides,
     contiguous_strides,
     fresh_like,
@@ -26,7 +25,7 @@ MAX_ROW_STRIDE = 2**31 - 1  # elements: the kernels multiply it as a 32-bit numb
 @dataclass(frozen=True)
 class BackwardProblem:
     """q, out, dout, dq (batch, seqlen_q, num_heads_q, head_dim); k, v, dk, dv (batch, seqlen_k, num_heads_kv, head_dim); lse and dlse
-    float32 (batch, num_heads_q, seqlen_q), dlse None where there is none; alibi_slopes as Problem has them;
+    float32 (batch, num_heads_q, seqlen_q), dlse None where there is none;
     strides in elements."""
 
     request: Fa2BwdRequest
@@ -40,7 +39,7 @@ class BackwardProblem:
     dq: ArraySpec
     dk: ArraySpec
     dv: ArraySpec
-    alibi_slopes: ArraySpec | None = None
+    extras: ExtraSpecs = NO_EXTRAS
 
     @classmethod
     def from_specs(
@@ -55,7 +54,7 @@ class BackwardProblem:
         gradients: tuple[ArraySpec | None, ArraySpec | None, ArraySpec | None],
         *,
         recompute: bool,
-        alibi_slopes: ArraySpec | None = None,
+        extras: ExtraSpecs = NO_EXTRAS,
         **options: Any,
     ) -> BackwardProblem:
         """Check the arrays of a backward call and describe it. gradients: dq, dk, dv; None: a fresh contiguous array.
@@ -77,7 +76,7 @@ class BackwardProblem:
             head_dim=head_dim,
             dtype=q.dtype,
             recompute=recompute,
-            position_bias=PositionBias(alibi_slopes is not None),
+            position_bias=PositionBias(extras.alibi_slopes is not None),
             **options,
         )
         lse_like = ArraySpec((batch, num_heads_q, seqlen_q), contiguous_strides((batch, num_heads_q, seqlen_q)), "float32", q.device)
@@ -95,9 +94,8 @@ class BackwardProblem:
             if per_row is not None:
                 _check_per_row(name, per_row, lse_like)
                 check_device(name, per_row, q)
-        if alibi_slopes is not None:
-            check_slopes(alibi_slopes, q)
-        return cls(request, q, k, v, out, dout, lse, dlse, dq, dk, dv, alibi_slopes)
+        extras.check(q, batch)
+        return cls(request, q, k, v, out, dout, lse, dlse, dq, dk, dv, extras)
 
 
 def _kept(spec: ArraySpec | None, fresh: ArraySpec, name: str, recompute: bool) -> ArraySpec:

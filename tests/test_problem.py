@@ -11,6 +11,7 @@ import pytest
 import cutlass_fa
 from cutlass_fa import Causal, Fa3FwdRequest, Full, Persistent, PositionBias, SlidingCausal, SlidingFull, Window, errors
 from cutlass_fa.arrays import ArraySpec, TorchArrays, library_of
+from cutlass_fa.extras import ExtraSpecs
 from cutlass_fa.launch import alibi_values, window_values
 from cutlass_fa.problem import Problem, check_pointers
 
@@ -248,8 +249,11 @@ def test_library_of_refuses_by_type() -> None:
 )
 def test_slopes_are_checked(shape: tuple[int, ...], strides: tuple[int, ...], dtype: str, device: int, words: str) -> None:
     q, k = (ArraySpec((2, 8, heads, 64), (8 * heads * 64, heads * 64, 64, 1), "bf16", 0) for heads in (4, 2))
+    extras = ExtraSpecs(alibi_slopes=ArraySpec(shape, strides, dtype, device))
     with pytest.raises(errors.InvalidArgument, match=rf"alibi_slopes .*{words}"):
-        Problem.from_specs(q, k, k, None, arch="sm_90a", mask=Full(), alibi_slopes=ArraySpec(shape, strides, dtype, device))
+        Problem.from_specs(
+            q, k, k, None, arch="sm_90a", mask=Full(), extras=ExtraSpecs(alibi_slopes=ArraySpec(shape, strides, dtype, device))
+        )
 
 
 def test_mask_values_that_are_packed() -> None:
@@ -257,10 +261,10 @@ def test_mask_values_that_are_packed() -> None:
     spec = ArraySpec((2, 8, 4, 64), (2048, 256, 64, 1), "bf16", 0)
     slopes = ArraySpec((2, 4), (6, 1), "float32", 0)
     problem = Problem.from_specs(
-        spec, spec, spec, None, arch="sm_90a", mask=Window(3, -1), sink_tokens=99, alibi_slopes=slopes, softcap=5.0
+        spec, spec, spec, None, arch="sm_90a", mask=Window(3, -1), sink_tokens=99, extras=ExtraSpecs(alibi_slopes=slopes), softcap=5.0
     )
     assert window_values(problem.request) == {"window_left": 3, "window_right": 8, "sink_tokens": 8}
-    assert alibi_values(problem.request, problem.alibi_slopes) == {"alibi_stride_batch": 6, "alibi_scale": pytest.approx(1 / 5.0)}
+    assert alibi_values(problem.request, problem.extras.alibi_slopes) == {"alibi_stride_batch": 6, "alibi_scale": pytest.approx(1 / 5.0)}
     assert alibi_values(problem.request, ArraySpec((4,), (1,), "float32", 0))["alibi_stride_batch"] == 0
     far = replace(problem.request, mask=Window(2**31 - 1, 2**31 - 1))
     assert window_values(far) == {"window_left": 8, "window_right": 8, "sink_tokens": 8}

@@ -90,7 +90,7 @@ def launcher(cell: Fa2BwdCell, point: Point, arrays: tuple[Any, ...]) -> Any:
     import torch
 
     from cutlass_fa.arrays import library_of
-    from cutlass_fa.launches.fa2_bwd import BackwardPointers, Fa2BwdPlan
+    from cutlass_fa.launches.fa2_bwd import Fa2BwdPlan
     from cutlass_fa.problem_backward import BackwardProblem
     from cutlass_fa.requests import Window
 
@@ -109,9 +109,9 @@ def launcher(cell: Fa2BwdCell, point: Point, arrays: tuple[Any, ...]) -> Any:
         table[cell.head_dim] = kept
     workspace = torch.empty(plan.workspace.floats, device="cuda")
     addresses = {name: x.data_ptr() for name, x in zip(("dout", "q", "k", "v", "out", "lse", "dq", "dk", "dv"), arrays, strict=True)}
-    pointers = BackwardPointers(**addresses, dlse=0)
+    addresses["dlse"] = 0
     # the default argument keeps the arrays alive as long as their addresses are used
-    return lambda _keep=(arrays, workspace): plan.run(pointers, workspace.data_ptr(), torch.cuda.current_stream().cuda_stream)
+    return lambda _keep=(arrays, workspace): plan.run(addresses, workspace.data_ptr(), torch.cuda.current_stream().cuda_stream)
 
 
 def _cell_of(key: DispatchKey) -> Any:

@@ -12,6 +12,7 @@ from ..arrays import library_of
 from ..cell import Cell
 from ..cells.fa2_bwd import Fa2BwdCell
 from ..dispatch import DispatchKey
+from ..extras import EXTRA_NAMES, ExtraSpecs
 from ..launches.fa2_bwd import Workspace, launches_of
 from ..problem_backward import BackwardProblem
 from ..render import render
@@ -53,18 +54,18 @@ def run_backward(
     random_state: tuple[int, int] = (0, 0),
     window_size: tuple[int, int] = (-1, -1),
     sink_tokens: int = 0,
-    alibi_slopes: np.ndarray | None = None,
     dlse: np.ndarray | None = None,
     gradients_like: tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None] = (None, None, None),
     num_splits: int = 1,
     num_copies: int = 1,
     time_limit_s: int = DEFAULT_TIME_LIMIT_S,
+    **extras: np.ndarray | None,
 ) -> Backward:
     """Run a whole backward call whose main kernel is `key`'s on the CPU.
 
     dout, q, k, v, out, lse, dlse: as flash_attn_backward takes them, in the key's dtype and any strides that a GPU's call accepts.
     seed: the schedule of every launch. build: where programs come from. softcap, dropout_p: positive where the key has them, else 0.
-    window_size, sink_tokens, alibi_slopes: as the forward had them, where the key has them.
+    window_size, sink_tokens and extras (those of ExtraSpecs): as the forward had them, where the key has them.
     gradients_like: arrays whose shapes and strides dq, dk and dv have; default contiguous. num_splits, num_copies: as Fa2BwdRequest has,
     several splits where the key has them.
 
@@ -86,7 +87,7 @@ def run_backward(
         arch=key.arch,
         mask=Window(*window_size, causal=key.causal),
         sink_tokens=sink_tokens,
-        alibi_slopes=None if alibi_slopes is None else spec(alibi_slopes),
+        extras=ExtraSpecs.of(library_of(np.ndarray), [extras.get(name) for name in EXTRA_NAMES]),
         softmax_scale=softmax_scale,
         softcap=softcap,
         dropout_p=dropout_p,
@@ -98,7 +99,7 @@ def run_backward(
         raise ExecutorError(f"the call needs {problem.request.dispatch_key()}, not {key}")
     memory = GlobalMemory()
     inputs = {"q": q, "k": k, "v": v, "out": out, "dout": dout, "lse": lse}
-    inputs |= {name: array for name, array in (("dlse", dlse), ("alibi_slopes", alibi_slopes)) if array is not None}
+    inputs |= {name: array for name, array in {"dlse": dlse, **extras}.items() if array is not None}
     addresses = {"dlse": 0} | {name: memory.add(name, span(array)).address for name, array in inputs.items()}
     outputs = {name: Output.add(memory, getattr(problem, name), name) for name in ("dq", "dk", "dv")}
     addresses |= {name: output.buffer.address for name, output in outputs.items()}

@@ -13,6 +13,7 @@ from ..cell import Cell
 from ..cells.fa2_fwd import Fa2FwdCell
 from ..cells.fa3_fwd import Fa3FwdCell
 from ..device import DeviceInfo
+from ..extras import EXTRA_NAMES, ExtraSpecs
 from ..launches import fa2_fwd, fa3_fwd
 from ..problem import Problem
 from ..render import render
@@ -50,11 +51,11 @@ def run_forward(
     random_state: tuple[int, int] = (0, 0),
     window_size: tuple[int, int] = (-1, -1),
     sink_tokens: int = 0,
-    alibi_slopes: np.ndarray | None = None,
     persistent: PersistentMode | None = None,
     out_like: np.ndarray | None = None,
     device: DeviceInfo = SMALL_DEVICE,
     time_limit_s: int = DEFAULT_TIME_LIMIT_S,
+    **extras: np.ndarray | None,
 ) -> Forward:
     """Run `cell`'s kernel on the CPU.
 
@@ -63,9 +64,9 @@ def run_forward(
     seed: the schedule. program: `cell` compiled already. softmax_scale: default 1 / sqrt(head_dim).
     softcap, dropout_p: positive where the cell has them, else 0. random_state: dropout's seed and offset.
     window_size: (left, right), with a bounded side where the cell has a window. sink_tokens: positive where it has them.
-    alibi_slopes: float32 (num_heads_q,) or (batch, num_heads_q), where the cell has them.
     persistent: default Persistent(), as the launcher's, in the family that has it.
     out_like: an array whose shape and strides the output has; default contiguous.
+    extras: those of ExtraSpecs that the cell has.
 
     Raises ExecutorFault where the kernel misbehaves (also when it writes around a strided output, or leaves some of an output unwritten),
     ExecutorError and HostCompileError, and what Problem.from_specs raises for bad arguments.
@@ -76,7 +77,7 @@ def run_forward(
     options = {
         "mask": mask,
         "sink_tokens": sink_tokens,
-        "alibi_slopes": None if alibi_slopes is None else library_of(np.ndarray).spec(alibi_slopes),
+        "extras": ExtraSpecs.of(library_of(np.ndarray), [extras.get(name) for name in EXTRA_NAMES]),
         "softmax_scale": softmax_scale,
         "softcap": softcap,
         "dropout_p": dropout_p,
@@ -85,8 +86,7 @@ def run_forward(
     problem = _problem(cell, q, k, v, out_like, options)
     memory = GlobalMemory()
     buffers = {name: memory.add(name, span(array)) for name, array in (("q", q), ("k", k), ("v", v))}
-    if alibi_slopes is not None:
-        buffers["alibi_slopes"] = memory.add("alibi_slopes", span(alibi_slopes))
+    buffers |= {name: memory.add(name, span(array)) for name, array in extras.items() if array is not None}
     out = Output.add(memory, problem.out)
     lse_shape = (q.shape[0], q.shape[2], q.shape[1])
     lse = memory.add("lse", np.full(4 * int(np.prod(lse_shape)), POISON_BYTE, np.uint8), writable=True)

@@ -23,23 +23,6 @@ WORKSPACE_ALIGNMENT = 64  # floats: 256 bytes
 
 
 @dataclass(frozen=True)
-class BackwardPointers:
-    """Device addresses; dlse and alibi_slopes 0 where there are none."""
-
-    q: int
-    k: int
-    v: int
-    out: int
-    dout: int
-    lse: int
-    dq: int
-    dk: int
-    dv: int
-    dlse: int
-    alibi_slopes: int
-
-
-@dataclass(frozen=True)
 class Workspace:
     """Where things lie in one buffer of float32, in bytes from its start; `floats` is its size. Parts are 0 where dk and dv have none."""
 
@@ -125,7 +108,7 @@ def _values(problem: BackwardProblem) -> dict[str, Any]:
         "softmax_scale": request.scale,
         **softmax_scales(request),
         **window_values(request),
-        **alibi_values(request, problem.alibi_slopes),
+        **alibi_values(request, problem.extras.alibi_slopes),
         "dropout_seed": 0,
         "dropout_offset": 0,
         "keep_threshold": keep_threshold(request.dropout_p),
@@ -167,14 +150,16 @@ class Fa2BwdPlan:
         self._has_dropout = main.has_dropout
         self._lock = threading.Lock()  # between writing the arguments and the driver's copies of them
 
-    def run(self, pointers: BackwardPointers, workspace: int, stream: int, random_state: tuple[int, int] = (0, 0)) -> None:
-        """Launch every pass on a CUstream. workspace: the device address of `self.workspace.floats` float32, contents of no matter.
+    def run(self, addresses: Mapping[str, int], workspace: int, stream: int, random_state: tuple[int, int] = (0, 0)) -> None:
+        """Launch every pass on a CUstream. addresses: device addresses of q, k, v, out, dout, lse, dq, dk, dv, dlse and of the extra
+        arrays by name, 0 for those that the call has not. workspace: the device address of `self.workspace.floats` float32,
+        contents of no matter.
 
         Asynchronous; may be captured in a CUDA graph. random_state: seed and offset of the forward's dropout. The caller's current device
         must be the plan's. Raises LaunchError or the driver's error."""
         places = self.workspace
         address = {name: workspace + getattr(places, name) for name in ("lse_log2", "dpsum", "dq_acc", "dk_parts", "dv_parts")}
-        address |= vars(pointers)
+        address |= addresses
         with self._lock:
             for each, launch in self._launches:
                 words = launch.params

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 
 from ..cells.fa2_fwd import Fa2FwdCell
 from ..device import DeviceInfo, device_info
 from ..dropout import keep_scale, keep_threshold
+from ..extras import extra_words
 from ..kernels import Kernel
 from ..launch import KernelLaunch, alibi_values, heads_per_section, pack, softmax_scales, tile_count, window_values
 from ..problem import Problem
@@ -25,14 +27,15 @@ class Fa2FwdPlan:
         self.kernel = kernel
         launch = KernelLaunch(kernel, device, pack_params(problem, cell, device_info(device)), grid_of(problem, cell))
         self._launch = launch  # owns the memory that the driver is pointed to
-        # The first words of Params: q, k, v, o, lse, and the slopes and the random state where there are any.
+        # The first words of Params: q, k, v, o, lse, and the extra arrays and the random state where there are any.
         self._words = launch.params
         self._go, self._address = launch.go, launch.address
-        self._has_dropout, self._has_alibi = cell.has_dropout, cell.has_alibi
+        self.extra_words = extra_words(cell.params, problem.extras)
+        self._random_word = next((word for word, field in enumerate(cell.params) if field.name == "dropout_seed"), None)
         self._lock = threading.Lock()
 
     def run(
-        self, qkv: tuple[int, ...], out: int, lse: int, stream: int, random_state: tuple[int, int] = (0, 0), alibi_slopes: int = 0
+        self, qkv: tuple[int, ...], out: int, lse: int, stream: int, random_state: tuple[int, int] = (0, 0), extras: Sequence[int] = ()
     ) -> None:
         """See ForwardPlan."""
         words = self._words
@@ -40,10 +43,10 @@ class Fa2FwdPlan:
             words[0], words[1], words[2] = qkv
             words[3] = out
             words[4] = lse
-            if self._has_alibi:
-                words[5] = alibi_slopes
-            if self._has_dropout:
-                words[5 + self._has_alibi], words[6 + self._has_alibi] = random_state
+            for word, address in zip(self.extra_words.values(), extras, strict=True):
+                words[word] = address
+            if self._random_word is not None:
+                words[self._random_word], words[self._random_word + 1] = random_state
             self._go(stream, self._address, 0)
 
 
@@ -58,7 +61,7 @@ def pack_params(problem: Problem, cell: Fa2FwdCell, device: DeviceInfo) -> np.nd
             **strides,
             **softmax_scales(request),
             **window_values(request),
-            **alibi_values(request, problem.alibi_slopes),
+            **alibi_values(request, problem.extras.alibi_slopes),
             "dropout_seed": 0,
             "dropout_offset": 0,
             "batch": request.batch,

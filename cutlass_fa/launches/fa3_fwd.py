@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 
 from ..cells.fa3_fwd import Fa3FwdCell
 from ..device import DeviceInfo, device_info
+from ..extras import extra_words
 from ..kernels import Kernel
 from ..launch import KernelLaunch, alibi_values, grid_size, heads_per_section, pack, softmax_scales, tile_count, window_values
 from ..problem import Problem
@@ -28,15 +30,15 @@ class Fa3FwdPlan:
         self._maps = TensorMaps(*map_geometries(problem, cell))
         params = pack_params(problem, cell, device_info(device))
         launch = KernelLaunch(kernel, device, params, grid_of(problem, params, device_info(device)), num_maps=3)
-        # The first words of Params: o, lse, and tile_counter and the slopes where there are any.
+        # The first words of Params: o, lse, and tile_counter and the extra arrays where there are any.
         self._pointers, self._arguments = launch.params, launch.arguments
         self._go, self._address = launch.go, launch.address
-        self._has_alibi = cell.has_alibi
+        self.extra_words = extra_words(cell.params, problem.extras)
         self._counters = tile_counters(device) if cell.has_dynamic_scheduler else None
         self._lock = threading.Lock()
 
     def run(
-        self, qkv: tuple[int, ...], out: int, lse: int, stream: int, random_state: tuple[int, int] = (0, 0), alibi_slopes: int = 0
+        self, qkv: tuple[int, ...], out: int, lse: int, stream: int, random_state: tuple[int, int] = (0, 0), extras: Sequence[int] = ()
     ) -> None:
         """See ForwardPlan. The kernel has no dropout."""
         arguments, pointers = self._arguments, self._pointers
@@ -46,8 +48,8 @@ class Fa3FwdPlan:
             pointers[1] = lse
             if self._counters is not None:
                 pointers[2] = self._counters.take(stream)
-            if self._has_alibi:
-                pointers[2 if self._counters is None else 3] = alibi_slopes
+            for word, address in zip(self.extra_words.values(), extras, strict=True):
+                pointers[word] = address
             self._go(stream, self._address, 0)
 
 
@@ -83,7 +85,7 @@ def pack_params(problem: Problem, cell: Fa3FwdCell, device: DeviceInfo) -> np.nd
             "num_tiles": tile_count(num_m_blocks, work_heads, request.batch),
             **softmax_scales(request),
             **window_values(request),
-            **alibi_values(request, problem.alibi_slopes),
+            **alibi_values(request, problem.extras.alibi_slopes),
             "heads_per_section": heads_per_section(problem.k, work_heads, device),
         },
     )

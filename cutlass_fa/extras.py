@@ -1,0 +1,67 @@
+"""Extra arrays: what a call may bring beside q, k, v, the gradients and the results. Each is None where a call has none.
+
+The order of ExtraSpecs' fields is the order in which Params structs have their addresses. A new one is a field here, its check, a
+ParamField of the same name, and an argument of the public functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from .arrays import ArrayLibrary, ArraySpec
+from .errors import InvalidArgument
+from .params import ParamField
+
+
+@dataclass(frozen=True)
+class ExtraSpecs:
+    """alibi_slopes: float32 (num_heads_q,) or (batch, num_heads_q)."""
+
+    alibi_slopes: ArraySpec | None = None
+
+    @classmethod
+    def of(cls, library: ArrayLibrary, extras: Sequence[Any]) -> ExtraSpecs:
+        """extras: arrays or None in the order of EXTRA_NAMES."""
+        return cls(*(None if array is None else library.spec(array) for array in extras))
+
+    def check(self, q: ArraySpec, batch: int) -> None:
+        """Raises InvalidArgument, naming the array, where one is not what it should be, or not where q (..., num_heads_q, head_dim) is."""
+        if self.alibi_slopes is not None:
+            _check_slopes(self.alibi_slopes, batch, q.shape[-2])
+        for field in fields(self):
+            spec = getattr(self, field.name)
+            if spec is not None:
+                check_device(field.name, spec, q)
+
+
+NO_EXTRAS = ExtraSpecs()
+EXTRA_NAMES = tuple(field.name for field in fields(ExtraSpecs))
+
+
+def extra_words(params: Sequence[ParamField], extras: ExtraSpecs) -> dict[int, int]:
+    """Of the extra arrays that a call has and its kernel takes: place in EXTRA_NAMES -> 64-bit word of Params that holds the address."""
+    words = {field.name: word for word, field in enumerate(params) if field.is_address}
+    return {i: words[name] for i, name in enumerate(EXTRA_NAMES) if name in words and getattr(extras, name) is not None}
+
+
+def check_device(name: str, spec: ArraySpec, q: ArraySpec) -> None:
+    """Raises InvalidArgument unless the array is where q is."""
+    if spec.device != q.device:
+        raise InvalidArgument(f"{name} is on device {spec.device} and q on device {q.device}: all arrays must be on one GPU")
+
+
+def _check_slopes(slopes: ArraySpec, batch: int, num_heads_q: int) -> None:
+    if slopes.shape not in ((num_heads_q,), (batch, num_heads_q)):
+        raise InvalidArgument(
+            f"alibi_slopes has shape {slopes.shape}: expected ({num_heads_q},) or ({batch}, {num_heads_q}), a slope a head"
+        )
+    _check_numbers("alibi_slopes", slopes, "float32")
+
+
+def _check_numbers(name: str, spec: ArraySpec, dtype: str) -> None:
+    if spec.dtype != dtype:
+        raise InvalidArgument(f"{name} has dtype {spec.dtype}: expected {dtype}; convert it with astype")
+    if spec.shape[-1] > 1 and spec.strides[-1] != 1:
+        raise InvalidArgument(f"{name} has strides {spec.strides} (elements): the last dimension must be contiguous (stride 1)")
