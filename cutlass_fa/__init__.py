@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .api import flash_attn_func
     from .api_backward import flash_attn_backward
+    from .api_varlen import flash_attn_varlen_func
     from .dispatch import DISPATCH_TABLE, DispatchKey
     from .errors import FlashAttnError
     from .requests import (
         Causal,
+        CumulativeSeqlens,
         Fa2BwdRequest,
         Fa2FwdRequest,
         Fa3FwdRequest,
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
         PositionBias,
         SlidingCausal,
         SlidingFull,
+        VarlenFwdRequest,
         Window,
     )
     from .settings import no_compile
@@ -38,6 +41,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DISPATCH_TABLE",
     "Causal",
+    "CumulativeSeqlens",
     "DispatchKey",
     "Fa2BwdRequest",
     "Fa2FwdRequest",
@@ -51,15 +55,18 @@ __all__ = [
     "PositionBias",
     "SlidingCausal",
     "SlidingFull",
+    "VarlenFwdRequest",
     "Window",
     "flash_attn_backward",
     "flash_attn_func",
+    "flash_attn_varlen_func",
     "no_compile",
 ]
 
 _MODULES = {
     "flash_attn_backward": "api_backward",
     "flash_attn_func": "api",
+    "flash_attn_varlen_func": "api_varlen",
     "DISPATCH_TABLE": "dispatch",
     "DispatchKey": "dispatch",
     "FlashAttnError": "errors",

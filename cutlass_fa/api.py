@@ -66,9 +66,24 @@ def flash_attn_func(
     Raises InvalidArgument, UnsupportedDtype, UnsupportedHeadDim, InvalidGqaRatio, EmptyBatch, ZeroSeqlen, SeqlenOverflow, SinkWithoutMask
     for bad input, UnsupportedCell for a combination without a kernel, MockMode where there is no GPU, CompileError, CompileDisabled.
     """
-    options = (softmax_scale, causal, tuple(window_size), sink_tokens, persistent, softcap, dropout_p, family)
-    extras = (alibi_slopes,)
-    random_state = (dropout_seed, dropout_offset)
+    options = (softmax_scale, causal, tuple(window_size), sink_tokens, persistent, softcap, dropout_p, family, None, None)
+    extras = (alibi_slopes, None, None, None, None)
+    return forward(q, k, v, out, return_lse, options, extras, (dropout_seed, dropout_offset), backend)
+
+
+def forward(
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    return_lse: bool,
+    options: _Options,
+    extras: tuple[Any, ...],
+    random_state: tuple[int, int],
+    backend: str,
+) -> Any:
+    """A forward call, whatever its arrays look like. options: in the order of _OPTION_NAMES; extras: in that of EXTRA_NAMES."""
+    dropout_p = options[6]
     if dropout_p:
         check_random_state(random_state)
     if backend == "reference":
@@ -80,7 +95,7 @@ def flash_attn_func(
     problem = plan.problem
     device = problem.q.device
     if out is None:
-        out = library.empty(problem.out.shape, problem.out.dtype, device)
+        out = library.empty(problem.out_shape, problem.out.dtype, device)
     pointers = library.pointers((q, k, v, out))
     check_pointers(pointers)
     lse, lse_pointer = None, 0
@@ -88,14 +103,21 @@ def flash_attn_func(
         lse = library.empty(problem.lse_shape, "f32", device)
         (lse_pointer,) = library.pointers((lse,))
     extra_pointers = library.pointers([extras[i] for i in plan.extra_words]) if plan.extra_words else ()
-    plan.run(pointers[:3], pointers[3], lse_pointer, library.current_stream(device), random_state, extra_pointers)
+    workspace, workspace_pointer = None, 0
+    if plan.workspace_floats:
+        workspace = library.empty((plan.workspace_floats,), "f32", device)
+        (workspace_pointer,) = library.pointers((workspace,))
+    plan.run(pointers[:3], pointers[3], lse_pointer, library.current_stream(device), random_state, extra_pointers, workspace_pointer)
     return (out, lse) if return_lse else out
 
 
 # The arguments of a call that are neither arrays nor new at every call, in the order of _OPTION_NAMES. A plain tuple, because it is made
 # and hashed on every call.
-_Options = tuple[float | None, bool, tuple[int, ...], int, PersistentMode | None, float, float, str | None]
-_OPTION_NAMES = ("softmax_scale", "causal", "window_size", "sink_tokens", "persistent", "softcap", "dropout_p", "family")
+_Options = tuple[float | None, bool, tuple[int, ...], int, PersistentMode | None, float, float, str | None, int | None, int | None]
+_OPTION_NAMES = (
+    *("softmax_scale", "causal", "window_size", "sink_tokens", "persistent", "softcap", "dropout_p", "family"),
+    *("max_seqlen_q", "max_seqlen_k"),
+)
 
 _plans: dict[tuple[Any, ...], ForwardPlan] = {}
 _MAX_PLANS = 4096
@@ -138,7 +160,8 @@ def _make_plan(library: ArrayLibrary, arrays: tuple[Any, ...], options: _Options
     if device < 0:
         raise not_on_gpu(library)
     check_current_device(device)
-    return forward_plan(problem, kernels.get(problem.request.dispatch_key()))
+    *before, main = (kernels.get(key) for key in problem.request.dispatch_keys())
+    return forward_plan(problem, main, *before)
 
 
 def mask_of(window_size: tuple[int, ...], causal: bool) -> MaskKind:
@@ -181,7 +204,8 @@ def _reference(
     _check_one_library((q, k, v) if out is None else (q, k, v, out), extras)
     request = _problem(library, (q, k, v, out), options, extras, "sm_90a").request  # refuses what the kernels refuse
     named: dict[str, Any] = dict(zip(_OPTION_NAMES, options, strict=True)) | dict(zip(EXTRA_NAMES, extras, strict=True))
-    del named["persistent"], named["family"]
+    for name in ("persistent", "family", "max_seqlen_q", "max_seqlen_k"):
+        del named[name]
     if request.dropout_p > 0:
         sizes = (request.batch, request.num_heads_q, request.seqlen_q, request.seqlen_k)
         named["dropout_mask"] = dropout_mask(*random_state, request.dropout_p, *sizes)

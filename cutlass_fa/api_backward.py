@@ -64,7 +64,7 @@ def flash_attn_backward(
     CompileError, CompileDisabled.
     """
     options = (softmax_scale, causal, tuple(window_size), sink_tokens, softcap, dropout_p, deterministic, recompute)
-    extras = (alibi_slopes,)
+    extras = (alibi_slopes, None, None, None, None)
     random_state = (dropout_seed, dropout_offset)
     gradients = (dq, dk, dv)
     arrays = (q, k, v, out, dout, lse, dlse, *gradients)
@@ -97,7 +97,7 @@ def flash_attn_backward(
 def _forward_options(options: _Options, extras: tuple[Any, ...]) -> dict[str, Any]:
     """What the forward is given of a backward's arguments, by their names, the random state apart."""
     named: dict[str, Any] = dict(zip(_OPTION_NAMES, options, strict=True)) | dict(zip(EXTRA_NAMES, extras, strict=True))
-    return {name: value for name, value in named.items() if name not in _NOT_THE_FORWARDS}
+    return {name: value for name, value in named.items() if name not in _NOT_THE_FORWARDS and value is not None}
 
 
 _plans: dict[tuple[Any, ...], Fa2BwdPlan] = {}

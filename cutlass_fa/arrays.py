@@ -46,6 +46,10 @@ class ArrayLibrary(Protocol):
 
     def current_stream(self, device: int) -> int: ...
 
+    def numbers(self, x: Any) -> list[Any]:
+        """A one-dimensional array's elements; waits for the GPU."""
+        ...
+
 
 class CupyArrays:
     """cupy.ndarray."""
@@ -76,6 +80,9 @@ class CupyArrays:
 
     def current_stream(self, device: int) -> int:
         return self._current_stream().ptr
+
+    def numbers(self, x: Any) -> list[Any]:
+        return list(x.get().tolist())
 
 
 class TorchArrays:
@@ -112,6 +119,9 @@ class TorchArrays:
     def current_stream(self, device: int) -> int:
         return self._current_stream(device).cuda_stream
 
+    def numbers(self, x: Any) -> list[Any]:
+        return list(x.tolist())
+
 
 class NumpyArrays:
     """numpy.ndarray: CPU memory, described so that its shape is checked like any other's, and never launched on."""
@@ -133,6 +143,9 @@ class NumpyArrays:
 
     def current_stream(self, device: int) -> int:
         raise not_on_gpu(self)
+
+    def numbers(self, x: Any) -> list[Any]:
+        return list(x.tolist())
 
 
 _ACCEPTED = {

@@ -113,6 +113,10 @@ class Cell(ABC):
         return self.key.gqa_ratio > 1
 
     @property
+    def is_varlen(self) -> bool:
+        return self.key.varlen
+
+    @property
     def has_window(self) -> bool:
         return self.key.sliding_window
 

@@ -16,11 +16,12 @@ from .arch.limits import ARCH_LIMITS, arch_problem
 from .errors import UnknownKey, UnsupportedCell
 
 FAMILIES = ("fa2", "fa3")
-DIRECTIONS = ("fwd", "bwd", "bwd_preprocess", "bwd_convert")
+DIRECTIONS = ("fwd", "bwd", "bwd_preprocess", "bwd_convert", "varlen_tiles")
 ARCHS = tuple(ARCH_LIMITS)  # those with tables; later ones are served too
 DTYPES = ("f16", "bf16", "e4m3", "e5m2")
 FP8_DTYPES = ("e4m3", "e5m2")
 CELL_HEAD_DIMS = (64, 80, 96, 128, 192, 256)
+VARLEN_TILES_OF = ("bf16", 64)  # dtype and head_dim in the key of a kernel that depends on neither
 MAX_GQA_RATIO = 64  # a warpgroup's rows: every warpgroup then holds whole queries
 
 # Presence flags in the order in which they stand in a key's name: (field, word in the name).
@@ -43,7 +44,8 @@ class DispatchKey:
     """The identity of one cell; hashable, printable, parseable (`DispatchKey.parse(str(key)) == key`).
 
     family: "fa2" (mma.sync + cp.async, sm_80 and later) or "fa3" (TMA + WGMMA, sm_90a).
-    direction: "fwd", "bwd", or a pass beside the backward: "bwd_preprocess" before it, "bwd_convert" after it.
+    direction: "fwd", "bwd", or a pass beside them: "bwd_preprocess" before a backward, "bwd_convert" after it, "varlen_tiles" before what
+        works on packed sequences.
     arch: NVRTC's name of the target, e.g. "sm_90a"; any from sm_80 on.
     dtype: element type of q and k: "f16", "bf16", "e4m3" or "e5m2".
     head_dim: the cell's head_dim, one of 64, 80, 96, 128, 192, 256 (`cell_head_dim` rounds up).
@@ -184,11 +186,12 @@ class DispatchTable:
 
 # What has a template: (family, direction) -> the presence flags that it knows.
 BUILT_FLAGS: dict[tuple[str, str], tuple[str, ...]] = {
-    ("fa2", "fwd"): ("causal", "sliding_window", "alibi", "sink", "softcap", "dropout"),
-    ("fa3", "fwd"): ("causal", "sliding_window", "alibi", "sink", "softcap"),
+    ("fa2", "fwd"): ("causal", "varlen", "sliding_window", "alibi", "sink", "softcap", "dropout"),
+    ("fa3", "fwd"): ("causal", "varlen", "sliding_window", "alibi", "sink", "softcap"),
     ("fa2", "bwd"): ("causal", "sliding_window", "alibi", "sink", "softcap", "dropout", "deterministic", "split"),
     ("fa2", "bwd_preprocess"): (),
     ("fa2", "bwd_convert"): ("split",),
+    ("fa2", "varlen_tiles"): (),
 }
 
 
@@ -211,6 +214,10 @@ def _semantic_reasons(key: DispatchKey) -> list[str]:
         (key.sink and not key.sliding_window, "sink tokens need a sliding window: without one every query sees the first keys anyway"),
         (key.paged and backward, "a paged cache has no backward"),
         (key.deterministic and not backward, "deterministic is a choice of the backward; every forward is"),
+        (
+            key.direction == "varlen_tiles" and (key.dtype, key.head_dim) != VARLEN_TILES_OF,
+            "one list of tiles serves all: its key has dtype {} and head_dim {}".format(*VARLEN_TILES_OF),
+        ),
         (key.split and not backward, "split is the backward's: parts of dk and dv"),
     )
     return [reason for refused, reason in checks if refused]
@@ -266,6 +273,9 @@ DISPATCH_TABLE = DispatchTable(
         _fa3_fwd("bf16", 128, causal=True, sliding_window=True, sink=True),
         _fa3_fwd("bf16", 128, causal=True, alibi=True),
         _fa3_fwd("bf16", 64, sliding_window=True),
+        _fa3_fwd("bf16", 128, varlen=True),
+        _fa3_fwd("bf16", 128, causal=True, varlen=True),
+        _fa3_fwd("bf16", 64, causal=True, varlen=True, sliding_window=True, alibi=True, sink=True, gqa_ratio=4),
         _fa2_fwd("sm_80", "bf16", 128),
         _fa2_fwd("sm_80", "bf16", 128, causal=True),
         _fa2_fwd("sm_80", "f16", 128, causal=True),
@@ -276,6 +286,8 @@ DISPATCH_TABLE = DispatchTable(
         _fa2_fwd("sm_80", "bf16", 64, sliding_window=True),
         _fa2_fwd("sm_80", "bf16", 64, sliding_window=True, sink=True),
         _fa2_fwd("sm_80", "bf16", 64, causal=True),
+        _fa2_fwd("sm_80", "bf16", 64, varlen=True, sliding_window=True, alibi=True, sink=True, dropout=True),
+        _fa2_fwd("sm_90a", "bf16", 128, causal=True, varlen=True),
         _fa2_fwd("sm_80", "bf16", 96),
         _fa2_fwd("sm_86", "bf16", 256, causal=True),
         _fa2_fwd("sm_89", "bf16", 128, causal=True),
@@ -296,6 +308,7 @@ DISPATCH_TABLE = DispatchTable(
         _fa2_bwd("sm_90a", "bf16", 128, split=True),
         _fa2_bwd("sm_100", "bf16", 128),
         _fa2_bwd("sm_120", "bf16", 128),
+        DispatchKey("fa2", "varlen_tiles", "sm_80", *VARLEN_TILES_OF),
         DispatchKey("fa2", "bwd_preprocess", "sm_80", "bf16", 128),
         DispatchKey("fa2", "bwd_convert", "sm_80", "bf16", 128),
         DispatchKey("fa2", "bwd_convert", "sm_90a", "bf16", 128),

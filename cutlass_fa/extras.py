@@ -11,15 +11,38 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from .arrays import ArrayLibrary, ArraySpec
-from .errors import InvalidArgument
+from .errors import EmptyBatch, InvalidArgument
 from .params import ParamField
 
 
 @dataclass(frozen=True)
 class ExtraSpecs:
-    """alibi_slopes: float32 (num_heads_q,) or (batch, num_heads_q)."""
+    """alibi_slopes: float32 (num_heads_q,) or (batch, num_heads_q). cu_seqlens_q, cu_seqlens_k: int32 (batch + 1,) of packed sequences;
+    seqused_q, seqused_k: int32 (batch,)."""
 
     alibi_slopes: ArraySpec | None = None
+    cu_seqlens_q: ArraySpec | None = None
+    cu_seqlens_k: ArraySpec | None = None
+    seqused_q: ArraySpec | None = None
+    seqused_k: ArraySpec | None = None
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether sequences are packed one after the other. Raises InvalidArgument where only some of what says so is given."""
+        if (self.cu_seqlens_q is None) != (self.cu_seqlens_k is None):
+            raise InvalidArgument("cu_seqlens_q and cu_seqlens_k go together: packed q needs packed k and v")
+        if self.cu_seqlens_q is None and (self.seqused_q is not None or self.seqused_k is not None):
+            raise InvalidArgument("seqused_q and seqused_k are of packed sequences: pass cu_seqlens_q and cu_seqlens_k")
+        return self.cu_seqlens_q is not None
+
+    @property
+    def num_sequences(self) -> int:
+        """Of packed ones. Raises EmptyBatch where cu_seqlens_q has less than two numbers."""
+        assert self.cu_seqlens_q is not None
+        numbers = self.cu_seqlens_q.shape[0] if len(self.cu_seqlens_q.shape) == 1 else 0
+        if numbers < 2:
+            raise EmptyBatch(f"cu_seqlens_q has shape {self.cu_seqlens_q.shape}: expected (batch + 1,) with at least one sequence")
+        return numbers - 1
 
     @classmethod
     def of(cls, library: ArrayLibrary, extras: Sequence[Any]) -> ExtraSpecs:
@@ -30,6 +53,10 @@ class ExtraSpecs:
         """Raises InvalidArgument, naming the array, where one is not what it should be, or not where q (..., num_heads_q, head_dim) is."""
         if self.alibi_slopes is not None:
             _check_slopes(self.alibi_slopes, batch, q.shape[-2])
+        for name, length in (("cu_seqlens_q", batch + 1), ("cu_seqlens_k", batch + 1), ("seqused_q", batch), ("seqused_k", batch)):
+            spec = getattr(self, name)
+            if spec is not None:
+                _check_lengths(name, spec, length)
         for field in fields(self):
             spec = getattr(self, field.name)
             if spec is not None:
@@ -58,6 +85,13 @@ def _check_slopes(slopes: ArraySpec, batch: int, num_heads_q: int) -> None:
             f"alibi_slopes has shape {slopes.shape}: expected ({num_heads_q},) or ({batch}, {num_heads_q}), a slope a head"
         )
     _check_numbers("alibi_slopes", slopes, "float32")
+
+
+def _check_lengths(name: str, spec: ArraySpec, length: int) -> None:
+    if spec.shape != (length,):
+        meaning = "(batch + 1,)" if name.startswith("cu_seqlens") else "(batch,)"
+        raise InvalidArgument(f"{name} has shape {spec.shape}: expected ({length},), {meaning} with the batch that cu_seqlens_q has")
+    _check_numbers(name, spec, "int32")
 
 
 def _check_numbers(name: str, spec: ArraySpec, dtype: str) -> None:

@@ -30,13 +30,21 @@ class ForwardPlan(Protocol):
     kernel: Kernel
 
     extra_words: dict[int, int]  # of the extra arrays that a run is given: extras.extra_words
+    workspace_floats: int  # float32 that a run needs besides, contents of no matter
 
     def run(
-        self, qkv: tuple[int, ...], out: int, lse: int, stream: int, random_state: tuple[int, int] = (0, 0), extras: Sequence[int] = ()
+        self,
+        qkv: tuple[int, ...],
+        out: int,
+        lse: int,
+        stream: int,
+        random_state: tuple[int, int] = (0, 0),
+        extras: Sequence[int] = (),
+        workspace: int = 0,
     ) -> None:
         """Launch on the device addresses of q, k and v, of out, and of lse (0: not written), on a CUstream. Asynchronous; may be captured
         in a CUDA graph. random_state: seed and offset of dropout, each a 64-bit number, not looked at by a kernel without; extras: device
-        addresses in the order of extra_words.
+        addresses in the order of extra_words; workspace: the address of workspace_floats numbers.
 
         The caller's current device must be the plan's. Raises LaunchError or the driver's error."""
 
@@ -82,9 +90,9 @@ def window_values(request: AttentionRequest) -> dict[str, int]:
     """Sink tokens and a window's bounds: unbounded is a distance that no key exceeds, and none is larger, so that positions stay 32-bit."""
     left, right = request.mask.window
     return {
-        "window_left": request.seqlen_k if left == -1 else min(left, request.seqlen_k),
-        "window_right": request.seqlen_q if right == -1 else min(right, request.seqlen_q),
-        "sink_tokens": min(request.sink_tokens, request.seqlen_k),
+        "window_left": request.rows_k if left == -1 else min(left, request.rows_k),
+        "window_right": request.rows_q if right == -1 else min(right, request.rows_q),
+        "sink_tokens": min(request.sink_tokens, request.rows_k),
     }
 
 

@@ -60,6 +60,22 @@ _FORWARD_SIZES = (
     ParamField("num_m_blocks", "int", "ceil(seqlen_q / kQueriesPerTile)"),
     ParamField("num_tiles", "int", "num_m_blocks * heads of the work list * batch"),
 )
+_SEQUENCES = (
+    ParamField("cu_seqlens_q", "int*", "(batch + 1,) first rows of the sequences in q, and their end"),
+    ParamField("cu_seqlens_k", "int*", "(batch + 1,) of k and v"),
+    ParamField("seqused_q", "int*", "(batch,) rows of each sequence that are used, or null: all"),
+    ParamField("seqused_k", "int*", "(batch,) of k and v"),
+)
+_TILE_LIST = ParamField("tile_list", "int*", "every sequence's query blocks, heaviest first (sequences.cuh)")
+_PACKED_SIZES = (
+    ParamField("batch", "int", "sequences"),
+    ParamField("total_q", "int", "rows of q"),
+    ParamField("total_k", "int", "rows of k and v"),
+    ParamField("seqlen_q", "int", "query rows of a tile's sequence that are used: params_of finds it"),
+    ParamField("seqlen_k", "int", "keys of a tile's sequence that are used: params_of finds it"),
+    ParamField("num_heads_q", "int", "query heads"),
+    ParamField("head_dim", "int", "columns of q, k, v and o that exist, at most kHeadDim"),
+)
 _SCALE = ParamField("softmax_scale_log2", "float", "softmax_scale * log2(e)")
 _CAPPED_SCALE = (
     ParamField("softmax_scale_log2", "float", "softcap * log2(e)"),
@@ -105,22 +121,27 @@ def mask_params(key: DispatchKey) -> tuple[ParamField, ...]:
 def fa3_fwd_params(key: DispatchKey, dynamic_scheduler: bool) -> tuple[ParamField, ...]:
     """The fields of an fa3 forward cell, widest first so that no compiler pads between them."""
     heads = _NUM_HEADS_KV if key.gqa_ratio > 1 else _HEADS_PER_KV_HEAD
-    pointers = (*_OUTPUTS, *(_TILE_COUNTER,) * dynamic_scheduler) + (ALIBI_SLOPES,) * key.alibi
+    pointers = (*_OUTPUTS, *(_TILE_COUNTER,) * dynamic_scheduler, *_extra_addresses(key))
     wide = (*pointers, *strides("o")) + (ALIBI_STRIDE,) * key.alibi
-    return (*wide, *_FORWARD_SIZES, *scale_params(key), heads, *_forward_features(key))
+    return (*wide, *(_PACKED_SIZES if key.varlen else _FORWARD_SIZES), *scale_params(key), heads, *_forward_features(key))
 
 
 def fa2_fwd_params(key: DispatchKey) -> tuple[ParamField, ...]:
     """The fields of an fa2 forward cell: what a run writes, then the other wide ones, then the narrow ones."""
-    pointers = (*_INPUTS, *_OUTPUTS) + (ALIBI_SLOPES,) * key.alibi + DROPOUT_STATE * key.dropout
+    pointers = (*_INPUTS, *_OUTPUTS, *_extra_addresses(key)) + DROPOUT_STATE * key.dropout
     wide = (*pointers, *strides("q"), *strides("k"), *strides("v"), *strides("o")) + (ALIBI_STRIDE,) * key.alibi
-    sizes = tuple(field for field in _FORWARD_SIZES if field.name != "num_tiles")
+    sizes = _PACKED_SIZES if key.varlen else tuple(field for field in _FORWARD_SIZES if field.name != "num_tiles")
     return (*wide, *sizes, *scale_params(key), _HEADS_PER_KV_HEAD) + _forward_features(key) + DROPOUT_RATE * key.dropout
+
+
+def _extra_addresses(key: DispatchKey) -> tuple[ParamField, ...]:
+    """Of extra arrays, in the order of extras.py; then what the list of tiles before the kernel makes."""
+    return (ALIBI_SLOPES,) * key.alibi + (*_SEQUENCES, _TILE_LIST) * key.varlen
 
 
 def _forward_features(key: DispatchKey) -> tuple[ParamField, ...]:
     """The narrow fields that both families' forwards have with a feature."""
-    return (_HEADS_PER_SECTION,) * key.causal + mask_params(key)
+    return (_HEADS_PER_SECTION,) * (key.causal or key.varlen) + mask_params(key)
 
 
 def params_dtype(fields: tuple[ParamField, ...]) -> np.dtype:

@@ -5,12 +5,13 @@ A Problem holds no addresses: two calls with arrays of the same shapes, strides 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from .arrays import ArraySpec
 from .errors import InvalidArgument, UnsupportedDtype
 from .extras import NO_EXTRAS, ExtraSpecs, check_device
-from .requests import DTYPES_16BIT, FwdRequest, MaskKind, PersistentMode, PositionBias, forward_request
+from .requests import DTYPES_16BIT, CumulativeSeqlens, FwdRequest, MaskKind, PersistentMode, PositionBias, forward_request
 
 ALIGNMENT_BYTES = 16  # of every address and stride: the granularity of TMA and of the kernels' stores
 _ELEMENT_BYTES = 2
@@ -18,7 +19,8 @@ _ELEMENT_BYTES = 2
 
 @dataclass(frozen=True)
 class Problem:
-    """q (batch, seqlen_q, num_heads_q, head_dim), k and v (batch, seqlen_k, num_heads_kv, head_dim), out like q; strides in elements."""
+    """q (batch, seqlen_q, num_heads_q, head_dim), k and v (batch, seqlen_k, num_heads_kv, head_dim), out like q; strides in elements.
+    Of packed sequences all of them stand as one of total_q and total_k rows, in a batch of 1 (the request's batch counts the sequences)."""
 
     request: FwdRequest
     q: ArraySpec
@@ -28,9 +30,15 @@ class Problem:
     extras: ExtraSpecs = NO_EXTRAS
 
     @property
-    def lse_shape(self) -> tuple[int, int, int]:
-        """(batch, num_heads_q, seqlen_q)."""
-        return self.request.batch, self.request.num_heads_q, self.request.seqlen_q
+    def lse_shape(self) -> tuple[int, ...]:
+        """(batch, num_heads_q, seqlen_q), of packed sequences (num_heads_q, total_q)."""
+        batch = () if self.request.cu_seqlens is not None else (self.request.batch,)
+        return *batch, self.request.num_heads_q, self.request.rows_q
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """As the caller sees it: of packed sequences (total_q, num_heads_q, head_dim)."""
+        return self.out.shape if self.request.cu_seqlens is None else self.out.shape[1:]
 
     @classmethod
     def from_specs(
@@ -49,24 +57,30 @@ class Problem:
         dropout_p: float = 0.0,
         persistent: PersistentMode | None = None,
         family: str | None = None,
+        max_seqlen_q: int | None = None,
+        max_seqlen_k: int | None = None,
     ) -> Problem:
         """Check the arrays of a forward call and describe it. out None: a fresh contiguous (batch, seqlen_q, num_heads_q, head_dim).
-        family None: the one that serves the call.
+        family None: the one that serves the call. With cu_seqlens among the extras, q, k, v and out are packed, without the batch
+        dimension, and max_seqlen_q, max_seqlen_k say how long sequences are at most (None: not known).
 
         Raises InvalidArgument (rank, shape, stride, device, a mix of dtypes; names the argument), UnsupportedDtype, and everything
         that the request raises (EmptyBatch, ZeroSeqlen, InvalidGqaRatio, UnsupportedHeadDim ...).
         """
+        packed = extras.is_packed
         for name, spec in (("q", q), ("k", k), ("v", v)):
-            check_rank(name, spec)
+            check_rank(name, spec, packed)
+        if packed:
+            out = fresh_like(q) if out is None else out
+            check_rank("out", out, packed)
+            q, k, v, out = (one_sequence(spec) for spec in (q, k, v, out))
         check_same_dtype(q, k, v)
         check_shapes(q, k, v)
-        batch, seqlen_q, num_heads_q, head_dim = q.shape
+        num_heads_q, head_dim = q.shape[2:]
         request = forward_request(
             family,
             persistent,
-            batch=batch,
-            seqlen_q=seqlen_q,
-            seqlen_k=k.shape[1],
+            **sizes_of(q, k, extras, max_seqlen_q, max_seqlen_k),
             num_heads_q=num_heads_q,
             num_heads_kv=k.shape[2],
             head_dim=head_dim,
@@ -85,7 +99,7 @@ class Problem:
         for name, spec in (("q", q), ("k", k), ("v", v), ("out", out)):
             check_strides(name, spec)
             check_device(name, spec, q)
-        extras.check(q, batch)
+        extras.check(q, request.batch)
         return cls(request, q, k, v, out, extras)
 
 
@@ -98,8 +112,29 @@ def check_pointers(pointers: tuple[int, ...]) -> None:
     raise InvalidArgument(f"{name} starts at address {pointer:#x}, not a multiple of {ALIGNMENT_BYTES} bytes; copy it to a fresh array")
 
 
-def check_rank(name: str, spec: ArraySpec) -> None:
-    """Raises InvalidArgument unless there are four dimensions."""
+def sizes_of(q: ArraySpec, k: ArraySpec, extras: ExtraSpecs, max_seqlen_q: int | None, max_seqlen_k: int | None) -> dict[str, Any]:
+    """How many sequences there are and how long: fields of a request. q, k: of packed sequences as one_sequence gives them."""
+    if not extras.is_packed:
+        return {"batch": q.shape[0], "seqlen_q": q.shape[1], "seqlen_k": k.shape[1]}
+    assert extras.cu_seqlens_q is not None
+    rows = CumulativeSeqlens(q.shape[1], k.shape[1])
+    longest = (
+        total if given is None else min(given, total) for given, total in ((max_seqlen_q, rows.total_q), (max_seqlen_k, rows.total_k))
+    )
+    return dict(zip(("seqlen_q", "seqlen_k"), longest, strict=True)) | {"batch": extras.num_sequences, "cu_seqlens": rows}
+
+
+def one_sequence(spec: ArraySpec) -> ArraySpec:
+    """(total, heads, head_dim) as (1, total, heads, head_dim)."""
+    return replace(spec, shape=(1, *spec.shape), strides=(0, *spec.strides))
+
+
+def check_rank(name: str, spec: ArraySpec, packed: bool = False) -> None:
+    """Raises InvalidArgument unless there are four dimensions, or three of packed sequences."""
+    if packed:
+        if len(spec.shape) != 3:
+            raise InvalidArgument(f"{name} has shape {spec.shape}: expected 3 dimensions (total, num_heads, head_dim) with cu_seqlens")
+        return
     if len(spec.shape) != 4:
         raise InvalidArgument(
             f"{name} has shape {spec.shape}: expected 4 dimensions (batch, seqlen, num_heads, head_dim); "

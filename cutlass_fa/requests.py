@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 from .arch.fa2_bwd import fa2_bwd_tile
 from .arch.limits import arch_problem, limits_of
 from .arch.sm90 import fa3_fwd_tile_of
-from .dispatch import FAMILIES, FP8_DTYPES, MAX_GQA_RATIO, DispatchKey, cell_head_dim, family_of
+from .dispatch import FAMILIES, FP8_DTYPES, MAX_GQA_RATIO, VARLEN_TILES_OF, DispatchKey, cell_head_dim, family_of
 from .errors import (
     EmptyBatch,
     Fa3RequiresHopper,
@@ -99,6 +99,27 @@ class PositionBias:
 
 
 @dataclass(frozen=True)
+class CumulativeSeqlens:
+    """Packed sequences, one after the other in arrays of total_q and total_k rows; where each begins is a runtime array (cu_seqlens).
+
+    Raises ZeroSeqlen, SeqlenOverflow."""
+
+    total_q: int
+    total_k: int
+
+    def __post_init__(self) -> None:
+        _check_rows("total_q", self.total_q)
+        _check_rows("total_k", self.total_k)
+
+
+def _check_rows(name: str, rows: int) -> None:
+    if rows < 1:
+        raise ZeroSeqlen(f"{name}={rows}: at least one token is needed")
+    if rows > MAX_SEQLEN:
+        raise SeqlenOverflow(f"{name}={rows}: positions are 31-bit; at most {MAX_SEQLEN}")
+
+
+@dataclass(frozen=True)
 class PersistentMode:
     """How CTAs get their tiles. persistent False: one CTA per tile. True: `num_sms` CTAs (0: one per multiprocessor) walk all tiles."""
 
@@ -125,7 +146,8 @@ def Persistent(num_sms: int = 0) -> PersistentMode:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionRequest:
-    """What every call on dense arrays has: q (batch, seqlen_q, num_heads_q, head_dim); k, v (batch, seqlen_k, num_heads_kv, head_dim).
+    """What every call has: q (batch, seqlen_q, num_heads_q, head_dim); k, v (batch, seqlen_k, num_heads_kv, head_dim); or, with
+    cu_seqlens, q (total_q, num_heads_q, head_dim); k, v (total_k, num_heads_kv, head_dim) and at most seqlen_q and seqlen_k of a sequence.
 
     dtype: "f16" or "bf16". softmax_scale: default 1 / sqrt(head_dim). softcap: scores become softcap * tanh(score / softcap); 0 (the
     default): as they are. dropout_p: the share of probabilities set to 0, in [0, 1). arch: NVRTC's name of the target GPU.
@@ -146,6 +168,7 @@ class AttentionRequest:
     softcap: float = 0.0
     dropout_p: float = 0.0
     arch: str = "sm_90a"
+    cu_seqlens: CumulativeSeqlens | None = None
 
     def __post_init__(self) -> None:
         self._check_sizes()
@@ -171,17 +194,23 @@ class AttentionRequest:
         if self.batch < 1:
             raise EmptyBatch(f"batch={self.batch}: q, k and v need at least one sequence")
         for name in ("seqlen_q", "seqlen_k"):
-            seqlen = getattr(self, name)
-            if seqlen < 1:
-                raise ZeroSeqlen(f"{name}={seqlen}: at least one token is needed")
-            if seqlen > MAX_SEQLEN:
-                raise SeqlenOverflow(f"{name}={seqlen}: positions are 31-bit; at most {MAX_SEQLEN}")
+            _check_rows(name, getattr(self, name))
         if self.num_heads_kv < 1 or self.num_heads_q < 1 or self.num_heads_q % self.num_heads_kv:
             raise InvalidGqaRatio(
                 f"num_heads_q={self.num_heads_q}, num_heads_kv={self.num_heads_kv}: num_heads_q must be a positive multiple of num_heads_kv"
             )
         if cell_head_dim(self.head_dim) is None:
             raise UnsupportedHeadDim(f"head_dim={self.head_dim}: accepted are multiples of 8 from 8 to 256; pad the last dimension")
+
+    @property
+    def rows_q(self) -> int:
+        """Rows of q in one go: of a sequence, or of all packed ones."""
+        return self.seqlen_q if self.cu_seqlens is None else self.cu_seqlens.total_q
+
+    @property
+    def rows_k(self) -> int:
+        """Rows of k in one go."""
+        return self.seqlen_k if self.cu_seqlens is None else self.cu_seqlens.total_k
 
     @property
     def scale(self) -> float:
@@ -199,6 +228,7 @@ class AttentionRequest:
             self.dtype,
             head_dim,
             causal=self.mask.causal,
+            varlen=self.cu_seqlens is not None,
             sliding_window=self.mask.is_sliding,
             alibi=self.position_bias.alibi,
             sink=self.sink_tokens > 0 and self.mask.is_sliding,  # a causal mask alone shows them anyway
@@ -224,7 +254,16 @@ class Fa3FwdRequest(AttentionRequest):
         """The cell this request needs; whether it exists is DISPATCH_TABLE's to say."""
         key = self._key("fa3", "fwd")
         tile_m = fa3_fwd_tile_of(key.head_dim, key.features).tile_m
-        return replace(key, gqa_ratio=packed_gqa_ratio(self.seqlen_q, self.num_heads_q // self.num_heads_kv, tile_m))
+        return replace(key, gqa_ratio=packed_gqa_ratio(self._usual_seqlen_q, self.num_heads_q // self.num_heads_kv, tile_m))
+
+    @property
+    def _usual_seqlen_q(self) -> int:
+        """Of packed sequences the mean, since the lengths are not known here."""
+        return self.seqlen_q if self.cu_seqlens is None else min(self.seqlen_q, -(-self.cu_seqlens.total_q // self.batch))
+
+    def dispatch_keys(self) -> tuple[DispatchKey, ...]:
+        """Every kernel of the call in the order of the launches."""
+        return with_varlen_tiles(self.dispatch_key())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,6 +273,10 @@ class Fa2FwdRequest(AttentionRequest):
     def dispatch_key(self) -> DispatchKey:
         """The cell this request needs; whether it exists is DISPATCH_TABLE's to say."""
         return self._key("fa2", "fwd")
+
+    def dispatch_keys(self) -> tuple[DispatchKey, ...]:
+        """Every kernel of the call in the order of the launches."""
+        return with_varlen_tiles(self.dispatch_key())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,6 +373,27 @@ def forward_request(family: str | None, persistent: PersistentMode | None, **arg
     if persistent is not None and persistent.persistent:
         raise InvalidArgument(f"persistent={persistent}: a forward of family fa2 runs one CTA for each tile; use Grid() or None")
     return Fa2FwdRequest(**arguments)
+
+
+def VarlenFwdRequest(
+    *, cu_seqlens: CumulativeSeqlens, family: str | None = None, persistent: PersistentMode | None = None, **arguments: Any
+) -> FwdRequest:
+    """A forward on packed sequences. arguments: those of AttentionRequest; seqlen_q, seqlen_k: of the longest sequence, by default (where
+    it is not known) as many as there are rows; arch and dropout_p as there. Raises as forward_request does."""
+    sizes = {"seqlen_q": cu_seqlens.total_q, "seqlen_k": cu_seqlens.total_k, "arch": "sm_90a", "dropout_p": 0.0}
+    return forward_request(family, persistent, cu_seqlens=cu_seqlens, **(sizes | arguments))
+
+
+def with_varlen_tiles(key: DispatchKey) -> tuple[DispatchKey, ...]:
+    """`key`, and before it the list of tiles where it works on packed sequences."""
+    if not key.varlen:
+        return (key,)
+    return varlen_tiles_key(key.arch), key
+
+
+def varlen_tiles_key(arch: str) -> DispatchKey:
+    """The kernel that lists the blocks of packed sequences."""
+    return DispatchKey("fa2", "varlen_tiles", arch, *VARLEN_TILES_OF)
 
 
 PACKING_GAIN = 0.9  # heads are packed when whole tiles of single heads would use less than this share of what packed tiles use

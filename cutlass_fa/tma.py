@@ -12,6 +12,7 @@ from .arrays import ArraySpec
 from .errors import LaunchError
 
 _ELEMENT_BYTES = 2
+SEQUENCE_EDGE = 1 << 30  # kSequenceEdge of the kernels
 _MAX_MAPS = 1024  # addresses remembered per geometry: a caller that never reuses memory must not fill the host's
 
 
@@ -42,6 +43,21 @@ class TensorMapGeometry:
         by_batch, by_row, by_head, _ = spec.strides
         extents = (head_dim, gqa_ratio, seqlen, heads // gqa_ratio, batch)
         return cls._legal(extents, (by_head, by_row, by_head * gqa_ratio, by_batch), (columns, gqa_ratio, queries, 1, 1), spec.dtype)
+
+    @classmethod
+    def of_sequences(cls, spec: ArraySpec, rows: int, columns: int) -> TensorMapGeometry:
+        """Packed sequences (1, total, heads, head_dim) in boxes of `rows` rows of one head, zeros behind the end of any sequence.
+
+        Dimensions (column, row, head, end, wrap): row counts so that a sequence's last row is SEQUENCE_EDGE - 1, the last there is; `end`
+        is the row of the array where the sequence ends; `wrap`, always SEQUENCE_EDGE, takes SEQUENCE_EDGE rows off the address, because
+        2^30 times its stride of 2^34 bytes less a row is a multiple of 2^64 less as many rows (the trick is Triton's: ragged_tma.py).
+        """
+        _, total, heads, head_dim = spec.shape
+        _, by_row, by_head, _ = spec.strides
+        by_row = by_row if total > 1 else 16 // _ELEMENT_BYTES
+        extents = (head_dim, SEQUENCE_EDGE, heads, 2 * SEQUENCE_EDGE, 2 * SEQUENCE_EDGE)
+        strides = (by_row, by_head, by_row, (1 << 34) // _ELEMENT_BYTES - by_row)
+        return cls._legal(extents, strides, (columns, rows, 1, 1, 1), spec.dtype)
 
     @classmethod
     def _legal(cls, extents: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...], dtype: str) -> TensorMapGeometry:

@@ -28,7 +28,7 @@ from tools import mutate
 
 pytestmark = pytest.mark.skipif(compiler_problem() is not None, reason=str(compiler_problem()))
 
-GOLDEN = [key for key in DISPATCH_TABLE if key.direction == "fwd"]
+GOLDEN = [key for key in DISPATCH_TABLE if key.direction == "fwd" and not key.varlen]
 DTYPES = {"f16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
 SEEDS = (0, 1, 2, 3)  # every policy for landing copies, fair and unfair scheduling
 Build = Callable[[DispatchKey], Program]

@@ -106,6 +106,11 @@ class Fa2FwdCell(SwizzledCell):
     def has_q_in_shared_memory(self) -> bool:
         return not self.tile.q_in_registers
 
+    @property
+    def has_pointers_to_inputs(self) -> bool:
+        """Whether Params has q, k and v."""
+        return True
+
     # ---- Params ------------------------------------------------------------------------------------------------------------------
 
     @property

@@ -89,6 +89,37 @@ class Fa3FwdCell(SwizzledCell):
     def consumer_registers(self) -> int:
         return self.tile.consumer_registers
 
+    # ---- packed sequences --------------------------------------------------------------------------------------------------------
+
+    @property
+    def row_origin(self) -> str:
+        """Where a tile's sequence starts in the tensor map of q."""
+        return "tile.queries.first + " if self.is_varlen else ""
+
+    @property
+    def batch_coordinate(self) -> str:
+        """Of a tile in the tensor map of q."""
+        return "0" if self.is_varlen else "tile.batch"
+
+    @property
+    def kv_coordinate(self) -> str:
+        """What says where a tile's keys lie."""
+        return "tile.keys" if self.is_varlen else "tile.batch"
+
+    @property
+    def queue(self) -> str:
+        """The type of what passes tiles on."""
+        return "WorkQueue<Tile>" if self.is_varlen else "TileQueue"
+
+    @property
+    def queue_readers(self) -> str:
+        return "kConsumerWarps + 1" if self.is_varlen else "kConsumerWarps"
+
+    @property
+    def has_pointers_to_inputs(self) -> bool:
+        """Whether Params has q, k and v, which tensor maps describe here."""
+        return False
+
     # ---- shared memory -----------------------------------------------------------------------------------------------------------
 
     @property
@@ -109,9 +140,10 @@ class Fa3FwdCell(SwizzledCell):
 
     @property
     def smem_bytes(self) -> int:
-        """sizeof(SharedStorage): the rings of Q, K and V, their mbarriers of 8 bytes and the tile queue's 24, padded to 1024."""
+        """sizeof(SharedStorage): the rings of Q, K and V, their mbarriers of 8 bytes and the tile queue, padded to 1024."""
+        queue_bytes = (56 if self.is_varlen else 24) * self.has_dynamic_scheduler
         data = self.q_stages * round_up(self.q_tile.size_bytes, 1024) + 2 * self.stages * round_up(self.kv_tile.size_bytes, 1024)
-        return round_up(data + 8 * (2 * self.q_stages + 4 * self.stages) + 24 * self.has_dynamic_scheduler, 1024)
+        return round_up(data + 8 * (2 * self.q_stages + 4 * self.stages) + queue_bytes, 1024)
 
     # ---- what WGMMA is told about it ---------------------------------------------------------------------------------------------
 
@@ -139,7 +171,7 @@ class Fa3FwdCell(SwizzledCell):
 
     @property
     def has_dynamic_scheduler(self) -> bool:
-        return self.tile.scheduler == "dynamic"
+        return self.is_varlen or self.tile.scheduler == "dynamic"
 
     @property
     def has_own_overlap(self) -> bool:

@@ -23,6 +23,7 @@ from .faults import ExecutorError, ExecutorFault
 from .launch import DEFAULT_TIME_LIMIT_S, Buffer, GlobalMemory, launch
 from .outputs import POISON_BYTE, Output, check_written, span
 from .tensor_map import encode
+from .varlen_tiles import list_tiles
 
 # A GPU of few multiprocessors, so that persistent kernels have several tiles per CTA at small sizes; its L2 makes causal sections of a
 # few heads.
@@ -59,8 +60,9 @@ def run_forward(
 ) -> Forward:
     """Run `cell`'s kernel on the CPU.
 
-    q: (batch, seqlen_q, num_heads_q, head_dim), k and v: (batch, seqlen_k, num_heads_kv, head_dim), in the cell's dtype (bfloat16 through
-    ml_dtypes); any strides that a call on the GPU accepts. head_dim at most the cell's.
+    q: (batch, seqlen_q, num_heads_q, head_dim), k and v: (batch, seqlen_k, num_heads_kv, head_dim), or packed where the cell is of
+    sequences (cu_seqlens_q and cu_seqlens_k among the extras), in the cell's dtype (bfloat16 through ml_dtypes); any strides that a call
+    on the GPU accepts. head_dim at most the cell's.
     seed: the schedule. program: `cell` compiled already. softmax_scale: default 1 / sqrt(head_dim).
     softcap, dropout_p: positive where the cell has them, else 0. random_state: dropout's seed and offset.
     window_size: (left, right), with a bounded side where the cell has a window. sink_tokens: positive where it has them.
@@ -88,16 +90,18 @@ def run_forward(
     buffers = {name: memory.add(name, span(array)) for name, array in (("q", q), ("k", k), ("v", v))}
     buffers |= {name: memory.add(name, span(array)) for name, array in extras.items() if array is not None}
     out = Output.add(memory, problem.out)
-    lse_shape = (q.shape[0], q.shape[2], q.shape[1])
+    lse_shape = problem.lse_shape
     lse = memory.add("lse", np.full(4 * int(np.prod(lse_shape)), POISON_BYTE, np.uint8), writable=True)
     counter = memory.add("tile_counter", np.zeros(4, np.uint8), writable=True)
     buffers |= {"o": out.buffer, "lse": lse, "tile_counter": counter}
+    if cell.is_varlen:
+        buffers["tile_list"] = _list_tiles(problem, cell, buffers, memory, seed)
     grid, arguments = _arguments(problem, cell, buffers, random_state, device)
     launch(program, grid, arguments, memory, seed=seed, time_limit_s=time_limit_s)
     name = f"{program.source.name}, seed {seed}"
     if counter.data.any():
         raise ExecutorFault("fault", f"{name}: fault: the tile counter is {counter.data.view(np.int32)[0]} after the launch, not 0")
-    out_bits, lse_bits = out.values(name), lse.data.view(np.uint32).reshape(lse_shape)
+    out_bits, lse_bits = out.values(name).reshape(problem.out_shape), lse.data.view(np.uint32).reshape(lse_shape)
     check_written(name, "out", out_bits)
     check_written(name, "lse", lse_bits)
     return Forward(out_bits.view(q.dtype), lse_bits.view(np.float32))
@@ -111,17 +115,23 @@ def _arguments(
     if isinstance(cell, Fa3FwdCell):
         maps = [encode(geometry, buffers[x].address) for x, geometry in zip("qkv", fa3_fwd.map_geometries(problem, cell), strict=True)]
         params = fa3_fwd.pack_params(problem, cell, device)
-        grid = fa3_fwd.grid_of(problem, params, device)
+        grid = fa3_fwd.grid_of(problem, cell, device)
     else:
         assert isinstance(cell, Fa2FwdCell)
         params = fa2_fwd.pack_params(problem, cell, device)
         grid = fa2_fwd.grid_of(problem, cell)
     for field in cell.params:
         if field.is_address:
-            params[field.name] = buffers[field.name].address
+            params[field.name] = buffers[field.name].address if field.name in buffers else 0
     if cell.has_dropout:
         params["dropout_seed"], params["dropout_offset"] = random_state
     return grid, [*maps, params.tobytes()]
+
+
+def _list_tiles(problem: Problem, cell: Cell, buffers: Mapping[str, Buffer], memory: GlobalMemory, seed: int) -> Buffer:
+    """The list of tiles of packed sequences, by its kernel."""
+    block_rows = cell.queries_per_tile if isinstance(cell, Fa3FwdCell) else cell.tile_m
+    return list_tiles(problem.request, "q", block_rows, cell.tile_n, {name: x.address for name, x in buffers.items()}, memory, seed)
 
 
 def _problem(cell: Cell, q: np.ndarray, k: np.ndarray, v: np.ndarray, out_like: np.ndarray | None, options: Mapping[str, Any]) -> Problem:

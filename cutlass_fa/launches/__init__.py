@@ -10,9 +10,9 @@ from ..problem import Problem
 from .fa2_fwd import Fa2FwdPlan
 from .fa3_fwd import Fa3FwdPlan
 
-_FORWARD_PLANS: dict[str, Callable[[Problem, Kernel], ForwardPlan]] = {"fa2": Fa2FwdPlan, "fa3": Fa3FwdPlan}
+_FORWARD_PLANS: dict[str, Callable[..., ForwardPlan]] = {"fa2": Fa2FwdPlan, "fa3": Fa3FwdPlan}
 
 
-def forward_plan(problem: Problem, kernel: Kernel) -> ForwardPlan:
-    """The plan of a forward by `kernel`, whose family says how it is launched."""
-    return _FORWARD_PLANS[kernel.key.family](problem, kernel)
+def forward_plan(problem: Problem, kernel: Kernel, *before: Kernel) -> ForwardPlan:
+    """The plan of a forward by `kernel`, whose family says how it is launched. before: kernels of the call that run first."""
+    return _FORWARD_PLANS[kernel.key.family](problem, kernel, *before)

@@ -14,12 +14,13 @@ from ..extras import extra_words
 from ..kernels import Kernel
 from ..launch import KernelLaunch, alibi_values, heads_per_section, pack, softmax_scales, tile_count, window_values
 from ..problem import Problem
+from .varlen_tiles import VarlenTilesLaunch, capacity
 
 
 class Fa2FwdPlan:
     """A forward by the kernel of sm_80's instructions; see ForwardPlan."""
 
-    def __init__(self, problem: Problem, kernel: Kernel) -> None:
+    def __init__(self, problem: Problem, kernel: Kernel, tiles_kernel: Kernel | None = None) -> None:
         cell = kernel.cell
         assert isinstance(cell, Fa2FwdCell)
         device = problem.q.device
@@ -31,11 +32,20 @@ class Fa2FwdPlan:
         self._words = launch.params
         self._go, self._address = launch.go, launch.address
         self.extra_words = extra_words(cell.params, problem.extras)
+        self._tiles = None if tiles_kernel is None else VarlenTilesLaunch(problem, tiles_kernel, cell, cell.tile_m)
+        self.workspace_floats = 0 if self._tiles is None else self._tiles.list_floats
         self._random_word = next((word for word, field in enumerate(cell.params) if field.name == "dropout_seed"), None)
         self._lock = threading.Lock()
 
     def run(
-        self, qkv: tuple[int, ...], out: int, lse: int, stream: int, random_state: tuple[int, int] = (0, 0), extras: Sequence[int] = ()
+        self,
+        qkv: tuple[int, ...],
+        out: int,
+        lse: int,
+        stream: int,
+        random_state: tuple[int, int] = (0, 0),
+        extras: Sequence[int] = (),
+        workspace: int = 0,
     ) -> None:
         """See ForwardPlan."""
         words = self._words
@@ -45,6 +55,8 @@ class Fa2FwdPlan:
             words[4] = lse
             for word, address in zip(self.extra_words.values(), extras, strict=True):
                 words[word] = address
+            if self._tiles is not None:
+                self._tiles.run(words, workspace, extras, stream)
             if self._random_word is not None:
                 words[self._random_word], words[self._random_word + 1] = random_state
             self._go(stream, self._address, 0)
@@ -69,6 +81,8 @@ def pack_params(problem: Problem, cell: Fa2FwdCell, device: DeviceInfo) -> np.nd
             "seqlen_k": request.seqlen_k,
             "num_heads_q": request.num_heads_q,
             "head_dim": request.head_dim,
+            "total_q": request.rows_q,
+            "total_k": request.rows_k,
             "num_m_blocks": -(-request.seqlen_q // cell.tile_m),
             "heads_per_kv_head": request.num_heads_q // request.num_heads_kv,
             "heads_per_section": heads_per_section(problem.k, request.num_heads_q, device),
@@ -79,6 +93,8 @@ def pack_params(problem: Problem, cell: Fa2FwdCell, device: DeviceInfo) -> np.nd
 
 
 def grid_of(problem: Problem, cell: Fa2FwdCell) -> int:
-    """CTAs of a launch: one for each tile."""
+    """CTAs of a launch: one for each tile, of packed sequences for each that there may be."""
     request = problem.request
+    if cell.is_varlen:
+        return tile_count(capacity(request, "q", cell.tile_m), request.num_heads_q, 1)
     return tile_count(-(-request.seqlen_q // cell.tile_m), request.num_heads_q, request.batch)

@@ -16,12 +16,13 @@ from ..problem import Problem
 from ..requests import Fa3FwdRequest, Persistent
 from ..tile_counters import tile_counters
 from ..tma import TensorMapGeometry, TensorMaps
+from .varlen_tiles import VarlenTilesLaunch, capacity
 
 
 class Fa3FwdPlan:
     """A forward by the Hopper kernel; see ForwardPlan."""
 
-    def __init__(self, problem: Problem, kernel: Kernel) -> None:
+    def __init__(self, problem: Problem, kernel: Kernel, tiles_kernel: Kernel | None = None) -> None:
         cell = kernel.cell
         assert isinstance(cell, Fa3FwdCell)
         device = problem.q.device
@@ -29,16 +30,25 @@ class Fa3FwdPlan:
         self.kernel = kernel
         self._maps = TensorMaps(*map_geometries(problem, cell))
         params = pack_params(problem, cell, device_info(device))
-        launch = KernelLaunch(kernel, device, params, grid_of(problem, params, device_info(device)), num_maps=3)
+        launch = KernelLaunch(kernel, device, params, grid_of(problem, cell, device_info(device)), num_maps=3)
         # The first words of Params: o, lse, and tile_counter and the extra arrays where there are any.
         self._pointers, self._arguments = launch.params, launch.arguments
         self._go, self._address = launch.go, launch.address
         self.extra_words = extra_words(cell.params, problem.extras)
+        self._tiles = None if tiles_kernel is None else VarlenTilesLaunch(problem, tiles_kernel, cell, cell.queries_per_tile)
+        self.workspace_floats = 0 if self._tiles is None else self._tiles.list_floats
         self._counters = tile_counters(device) if cell.has_dynamic_scheduler else None
         self._lock = threading.Lock()
 
     def run(
-        self, qkv: tuple[int, ...], out: int, lse: int, stream: int, random_state: tuple[int, int] = (0, 0), extras: Sequence[int] = ()
+        self,
+        qkv: tuple[int, ...],
+        out: int,
+        lse: int,
+        stream: int,
+        random_state: tuple[int, int] = (0, 0),
+        extras: Sequence[int] = (),
+        workspace: int = 0,
     ) -> None:
         """See ForwardPlan. The kernel has no dropout."""
         arguments, pointers = self._arguments, self._pointers
@@ -50,6 +60,8 @@ class Fa3FwdPlan:
                 pointers[2] = self._counters.take(stream)
             for word, address in zip(self.extra_words.values(), extras, strict=True):
                 pointers[word] = address
+            if self._tiles is not None:
+                self._tiles.run(pointers, workspace, extras, stream)
             self._go(stream, self._address, 0)
 
 
@@ -59,7 +71,8 @@ def map_geometries(problem: Problem, cell: Fa3FwdCell) -> tuple[TensorMapGeometr
         q = TensorMapGeometry.of_packed_rows(problem.q, cell.queries_per_tile, cell.gqa_ratio, cell.chunk_columns)
     else:
         q = TensorMapGeometry.of_rows(problem.q, cell.tile_m, cell.chunk_columns)
-    k, v = (TensorMapGeometry.of_rows(spec, cell.tile_n, cell.chunk_columns) for spec in (problem.k, problem.v))
+    geometry_of_keys = TensorMapGeometry.of_sequences if cell.is_varlen else TensorMapGeometry.of_rows
+    k, v = (geometry_of_keys(spec, cell.tile_n, cell.chunk_columns) for spec in (problem.k, problem.v))
     return q, k, v
 
 
@@ -67,7 +80,6 @@ def pack_params(problem: Problem, cell: Fa3FwdCell, device: DeviceInfo) -> np.nd
     """The Params struct as a structured array of one element, addresses left 0."""
     request = problem.request
     work_heads = request.num_heads_q // cell.gqa_ratio
-    num_m_blocks = -(-request.seqlen_q // cell.queries_per_tile)
     return pack(
         cell,
         {
@@ -81,8 +93,10 @@ def pack_params(problem: Problem, cell: Fa3FwdCell, device: DeviceInfo) -> np.nd
             "num_heads_kv": request.num_heads_kv,
             "heads_per_kv_head": request.num_heads_q // request.num_heads_kv,
             "head_dim": request.head_dim,
-            "num_m_blocks": num_m_blocks,
-            "num_tiles": tile_count(num_m_blocks, work_heads, request.batch),
+            "total_q": request.rows_q,
+            "total_k": request.rows_k,
+            "num_m_blocks": -(-request.seqlen_q // cell.queries_per_tile),
+            "num_tiles": num_tiles_of(problem, cell),
             **softmax_scales(request),
             **window_values(request),
             **alibi_values(request, problem.extras.alibi_slopes),
@@ -91,7 +105,16 @@ def pack_params(problem: Problem, cell: Fa3FwdCell, device: DeviceInfo) -> np.nd
     )
 
 
-def grid_of(problem: Problem, params: np.ndarray, device: DeviceInfo) -> int:
+def num_tiles_of(problem: Problem, cell: Fa3FwdCell) -> int:
+    """Tiles of a call, of packed sequences as many as there may be."""
+    request = problem.request
+    work_heads = request.num_heads_q // cell.gqa_ratio
+    if cell.is_varlen:
+        return tile_count(capacity(request, "q", cell.queries_per_tile), work_heads, 1)
+    return tile_count(-(-request.seqlen_q // cell.queries_per_tile), work_heads, request.batch)
+
+
+def grid_of(problem: Problem, cell: Fa3FwdCell, device: DeviceInfo) -> int:
     """CTAs of a launch, by the request's persistent mode."""
     assert isinstance(problem.request, Fa3FwdRequest)
-    return grid_size(problem.request.persistent or Persistent(), int(params["num_tiles"][0]), device)
+    return grid_size(problem.request.persistent or Persistent(), num_tiles_of(problem, cell), device)

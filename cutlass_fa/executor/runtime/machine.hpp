@@ -217,6 +217,7 @@ struct PlainAccess {
   struct Store {
     int thread = -1;  // of the cluster; -1: nobody
     std::uint32_t epoch = 0;
+    bool is_atomic = false;
   };
   std::array<Store, kUnits> store;
   std::array<std::vector<std::uint32_t>, kUnits> load;  // since the store: the latest epoch of each thread of the cluster, 0: none

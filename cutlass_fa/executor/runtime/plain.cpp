@@ -68,7 +68,7 @@ void store(std::uint32_t granule, int from, int to) {
   for (int unit = from / PlainAccess::kUnitBytes; unit * PlainAccess::kUnitBytes < to; ++unit) {
     check_store_known(self->clock, plain, unit, kAct, granule, Site{});
     check_loads_known(self->clock, plain, unit, kAct, granule, Site{});
-    plain.store[unit] = {self->cluster_index, self->epoch};
+    plain.store[unit] = {self->cluster_index, self->epoch, false};
     plain.load[unit].clear();
   }
   mark_unpublished(granule);
@@ -94,6 +94,30 @@ inline void on_access(void const* address, std::size_t bytes, void* from) {
 }  // namespace
 
 std::uintptr_t plain_access_pc() { return pc; }
+
+// Atomics need no order among themselves, but one with the plain accesses of other threads.
+int shared_atomic_add(int* address, int value, Site site) {
+  constexpr char const* kAct = "an atomic";
+  let_others_run(site);
+  auto const offset = static_cast<std::size_t>(reinterpret_cast<char*>(address) - cta->shared);
+  if (offset + sizeof(int) > cta->shared_bytes) { fault(site, "an atomic of shared memory outside it"); }
+  if (offset % sizeof(int) != 0) { fault(site, "an atomic at an address that is not a multiple of %zu bytes", sizeof(int)); }
+  auto const granule = static_cast<std::uint32_t>(offset / kGranule);
+  check_unused(self->clock, kAct, granule, region(granule * kGranule, kGranule), site);
+  PlainAccess& plain = plain_access(granule);
+  int const first = static_cast<int>(offset % kGranule) / PlainAccess::kUnitBytes;
+  for (int unit = first; unit < first + static_cast<int>(sizeof(int)) / PlainAccess::kUnitBytes; ++unit) {
+    if (!plain.store[unit].is_atomic) { check_store_known(self->clock, plain, unit, kAct, granule, site); }
+    check_loads_known(self->clock, plain, unit, kAct, granule, site);
+    if (is_unwritten(plain, unit, granule)) { fault(site, "an atomic on %s, which nobody wrote", region(static_cast<std::uint32_t>(offset), sizeof(int)).c_str()); }
+    plain.store[unit] = {self->cluster_index, self->epoch, true};
+    plain.load[unit].clear();
+  }
+  mark_unpublished(granule);
+  int const before = *address;
+  *address = before + value;
+  return before;
+}
 
 void check_plain(Clock const& known, char const* act, std::uint32_t granule, bool overwrites, Site site) {
   if (cta->plain.empty() || cta->plain[granule] == nullptr) { return; }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Atomic operations on global memory.
+// Atomic operations on global and shared memory.
 #pragma once
 
 #include <cutlass_fa/base.cuh>
@@ -8,6 +8,9 @@ namespace cutlass_fa {
 
 // Adds `value` and returns what was there before; relaxed order, visible to the whole GPU.
 CUTLASS_FA_DEVICE int atomic_add(int* address, int value) { return atomicAdd(address, value); }
+
+// The same in shared memory, visible to the CTA.
+CUTLASS_FA_DEVICE int shared_atomic_add(int* address, int value) { return atomicAdd(address, value); }
 
 // Adds without telling what was there, so that the addition happens in the L2 cache; the order of several additions is not fixed.
 CUTLASS_FA_DEVICE void atomic_add(float* address, float value) { atomicAdd(address, value); }

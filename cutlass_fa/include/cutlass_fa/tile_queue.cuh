@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// How a producer that takes tiles from a counter tells its consumers which.
+// How the one that takes tiles from a counter tells the others which.
 #pragma once
 
 #include <cutlass_fa/base.cuh>
@@ -9,32 +9,46 @@
 
 namespace cutlass_fa {
 
-// One index at a time, in shared memory.
-struct TileQueue {
-  Mbarrier full;   // the producer has written `index`
-  Mbarrier empty;  // every consumer warp has read it
-  int index;
+// One item at a time, in shared memory.
+template <class Item>
+struct WorkQueue {
+  Mbarrier full;   // `item` is written
+  Mbarrier empty;  // every reader has read it
+  Item item;
 
-  CUTLASS_FA_DEVICE void init(int consumer_warps) {
+  // readers: warps, and threads by themselves.
+  CUTLASS_FA_DEVICE void init(int readers) {
     full.init(1);
-    empty.init(consumer_warps);
+    empty.init(readers);
   }
 
-  CUTLASS_FA_DEVICE void put(PipelineState<1>& pipe, int next) {
+  CUTLASS_FA_DEVICE void put(PipelineState<1>& pipe, Item const& next) {
     empty.wait(pipe.parity() ^ 1);
-    index = next;
+    item = next;
     full.arrive();
     pipe.advance();
   }
 
-  CUTLASS_FA_DEVICE int get(PipelineState<1>& pipe) {
+  // For a whole warp.
+  CUTLASS_FA_DEVICE Item get(PipelineState<1>& pipe) {
     full.wait(pipe.parity());
-    int const next = index;
+    Item const next = item;
     warp_sync();  // all lanes have read before one of them says so
     if (thread_index() % kWarpSize == 0) { empty.arrive(); }
     pipe.advance();
     return next;
   }
+
+  // For a thread by itself.
+  CUTLASS_FA_DEVICE Item get_alone(PipelineState<1>& pipe) {
+    full.wait(pipe.parity());
+    Item const next = item;
+    empty.arrive();
+    pipe.advance();
+    return next;
+  }
 };
+
+using TileQueue = WorkQueue<int>;  // of indices of the work list
 
 }  // namespace cutlass_fa

@@ -33,7 +33,7 @@ CUTLASS_FA_DEVICE void tma_load(TensorMap const& map, Mbarrier& barrier, CacheHi
       : "memory");
 }
 
-// The same for a tensor of five dimensions: (column, head in group, row, group, batch).
+// The same for a tensor of five dimensions: (column, head in group, row, group, batch), or those of packed sequences (tma.py).
 CUTLASS_FA_DEVICE void tma_load(TensorMap const& map, Mbarrier& barrier, CacheHint hint, void* destination, int column, int head, int row,
                                 int group, int batch) {
   asm volatile(

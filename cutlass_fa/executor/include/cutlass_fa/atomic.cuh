@@ -13,6 +13,8 @@ CUTLASS_FA_DEVICE int atomic_add(int* address, int value, CUTLASS_FA_SITE) {
   return before;
 }
 
+CUTLASS_FA_DEVICE int shared_atomic_add(int* address, int value, CUTLASS_FA_SITE) { return executor::shared_atomic_add(address, value, site); }
+
 CUTLASS_FA_DEVICE void atomic_add(float* address, float value, CUTLASS_FA_SITE) {
   executor::check_atomic(address, sizeof(float), site);
   *address += value;

@@ -47,9 +47,11 @@ std::uint32_t exchange(Exchange kind, std::uint32_t value, int operand, Site sit
 void shrink_registers(int registers, Site site);
 void grow_registers(int registers, Site site);
 
-// ---- atomics on global memory ------------------------------------------------------------------------------------------------------
+// ---- atomics -----------------------------------------------------------------------------------------------------------------------
 
-// Others may run first; faults unless the address lies in a buffer and is aligned.
+int shared_atomic_add(int* address, int value, Site site);
+
+// On global memory. Others may run first; faults unless the address lies in a buffer and is aligned.
 void check_atomic(void const* address, std::size_t bytes, Site site);
 
 // ---- TMA ---------------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,96 @@
+"""The public functions on packed sequences."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+from .api import forward
+from .arrays import library_of
+from .errors import InvalidArgument, SeqlenOverflow
+from .requests import MAX_SEQLEN, PersistentMode
+
+
+def flash_attn_varlen_func(
+    q: Any,
+    k: Any,
+    v: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    seqused_q: Any = None,
+    seqused_k: Any = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    sink_tokens: int = 0,
+    alibi_slopes: Any = None,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    dropout_seed: int = 0,
+    dropout_offset: int = 0,
+    out: Any = None,
+    return_lse: bool = False,
+    persistent: PersistentMode | None = None,
+    family: str | None = None,
+    check: bool = False,
+    backend: str = "cuda",
+) -> Any:
+    """flash_attn_func on sequences of different lengths, one after the other in arrays without a batch dimension.
+
+    q: (total_q, num_heads_q, head_dim); k, v: (total_k, num_heads_kv, head_dim); dtypes, strides and all other arguments as flash_attn_func
+        has them, alibi_slopes also (batch, num_heads_q).
+    cu_seqlens_q, cu_seqlens_k: int32 (batch + 1,), on the GPU: sequence b owns rows cu_seqlens[b] to cu_seqlens[b + 1]. The first number is
+        0. Sequences may be empty, in q, in k, or in both.
+    max_seqlen_q, max_seqlen_k: lengths that no sequence exceeds. None (the default): not known. A hint for choosing a kernel, no more: the
+        kernels find the lengths themselves, and nothing waits for the GPU.
+    seqused_q, seqused_k: int32 (batch,): only the first so many of a sequence's rows are in use; default: all.
+    check: wait for the GPU and look at the numbers: cu_seqlens begin at 0, do not decrease and end within the arrays, seqused are within
+        the sequences, max_seqlen are not exceeded. Without it wrong numbers give wrong results, but reach no memory outside the arrays.
+
+    Returns out like q, or (out, lse) with lse float32 (num_heads_q, total_q). Rows of q that are not in use, those after the last sequence
+    included, get out 0 and lse -inf. Raises what flash_attn_func raises, and with check InvalidArgument and SeqlenOverflow for the numbers.
+    """
+    options = (
+        *(softmax_scale, causal, tuple(window_size), sink_tokens, persistent, softcap, dropout_p, family),
+        *(max_seqlen_q, max_seqlen_k),
+    )
+    check_given(cu_seqlens_q, cu_seqlens_k)
+    if check:
+        check_sequences("q", cu_seqlens_q, seqused_q, max_seqlen_q, q.shape[0])
+        check_sequences("k", cu_seqlens_k, seqused_k, max_seqlen_k, k.shape[0])
+    extras = (alibi_slopes, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    return forward(q, k, v, out, return_lse, options, extras, (dropout_seed, dropout_offset), backend)
+
+
+def check_given(cu_seqlens_q: Any, cu_seqlens_k: Any) -> None:
+    """Raises InvalidArgument, naming the array, where one is None."""
+    for name, array in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if array is None:
+            raise InvalidArgument(f"{name} is None: packed sequences need to be told apart; flash_attn_func takes a batch of equal ones")
+
+
+def check_sequences(side: str, cu_seqlens: Any, seqused: Any, max_seqlen: int | None, total: int) -> None:
+    """Raises InvalidArgument or SeqlenOverflow where the numbers contradict each other or the `total` rows. Waits for the GPU.
+
+    side: "q" or "k"."""
+    library = library_of(type(cu_seqlens))
+    starts = [int(start) for start in library.numbers(cu_seqlens)]
+    name = f"cu_seqlens_{side}"
+    if not starts or starts[0] != 0:
+        raise InvalidArgument(f"{name} begins with {starts[:1]}: expected 0")
+    lengths = [end - start for start, end in pairwise(starts)]
+    for sequence, length in enumerate(lengths):
+        if length < 0:
+            raise InvalidArgument(f"{name}[{sequence + 1}]={starts[sequence + 1]} is less than the number before it, {starts[sequence]}")
+        if max_seqlen is not None and length > max_seqlen:
+            raise InvalidArgument(f"sequence {sequence} of {name} has {length} rows, more than max_seqlen_{side}={max_seqlen}")
+    if starts[-1] > MAX_SEQLEN:
+        raise SeqlenOverflow(f"{name} ends with {starts[-1]}: positions are 31-bit; at most {MAX_SEQLEN}")
+    if starts[-1] > total:
+        raise InvalidArgument(f"{name} ends with {starts[-1]}, and there are {total} rows")
+    for sequence, (used, length) in enumerate(zip([] if seqused is None else library.numbers(seqused), lengths, strict=False)):
+        if not 0 <= used <= length:
+            raise InvalidArgument(f"seqused_{side}[{sequence}]={used}: the sequence has {length} rows")

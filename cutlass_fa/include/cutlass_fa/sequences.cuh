@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Packed sequences: one after the other in arrays without a batch dimension, sequence b from row cu_seqlens[b] to cu_seqlens[b + 1].
+//
+// Lengths are known to the device alone. What a kernel reads is clamped to the arrays, so that wrong numbers give wrong results and touch
+// nothing else.
+#pragma once
+
+#include <cutlass_fa/base.cuh>
+
+namespace cutlass_fa {
+
+struct Sequence {
+  int first;  // its first row in the packed array
+  int rows;   // how many rows are its own
+  int used;   // of which the first so many hold data (seqused; default: all)
+};
+
+// index `batch` stands for the rows after the last sequence, of which none is used.
+CUTLASS_FA_DEVICE Sequence sequence_of(int const* cu_seqlens, int const* seqused, int batch, int total, int index) {
+  int const first = min(max(cu_seqlens[index], 0), total);
+  int const end = index < batch ? min(max(cu_seqlens[index + 1], first), total) : total;
+  int const rows = end - first;
+  int const used = index == batch ? 0 : seqused == nullptr ? rows : min(max(seqused[index], 0), rows);
+  return {first, rows, used};
+}
+
+// A block of rows of a sequence, as the list of all blocks has it.
+struct SequenceBlock {
+  int sequence;
+  int block;
+};
+
+// The list: how many blocks there are (and a number that is not used), then the blocks.
+CUTLASS_FA_DEVICE int block_count(int const* list) { return list[0]; }
+CUTLASS_FA_DEVICE SequenceBlock block_of(int const* list, int index) { return {list[2 + 2 * index], list[3 + 2 * index]}; }
+
+}  // namespace cutlass_fa

@@ -1,0 +1,120 @@
+"""Golden cells on packed sequences on the CPU executor: the list of tiles and the kernel, by the test rule, under several schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cutlass_fa import VarlenFwdRequest
+from cutlass_fa.cell import Cell
+from cutlass_fa.dispatch import DISPATCH_TABLE, DispatchKey
+from cutlass_fa.dropout import dropout_mask
+from cutlass_fa.executor import ExecutorKernel, Program, compiler_problem, run_forward
+from cutlass_fa.executor.launch import GlobalMemory
+from cutlass_fa.executor.varlen_tiles import list_tiles
+from cutlass_fa.launches.varlen_tiles import Side
+from cutlass_fa.render import render
+from cutlass_fa.requests import Causal, CumulativeSeqlens, MaskKind, SlidingFull
+from tests.backward_cases import DTYPES
+from tests.numerics import check_forward
+from tests.varlen_cases import Lengths
+
+pytestmark = pytest.mark.skipif(compiler_problem() is not None, reason=str(compiler_problem()))
+
+GOLDEN = [key for key in DISPATCH_TABLE if key.direction == "fwd" and key.varlen]
+SEEDS = (0, 1, 2, 3)
+Build = Callable[[DispatchKey], Program]
+
+LENGTHS = (
+    Lengths("mixed", ((100, 100), (1, 9), (0, 50), (77, 0), (130, 200))),
+    Lengths("used", ((20, 300), (150, 140)), used_q=(7, 133), used_k=(300, 131), behind=(150, 9)),
+    Lengths("tail", ((40, 130),), used_k=(70,)),
+    Lengths("empty", ((0, 0), (3, 3), (0, 0))),
+)
+
+
+@pytest.fixture(scope="session")
+def build() -> Build:
+    """The program of a cell, compiled once."""
+    return lru_cache(maxsize=None)(lambda key: ExecutorKernel.build(render(Cell.of(key))))
+
+
+def features(key: DispatchKey, lengths: Lengths, heads: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a call of the key's features is given, and what the reference is told of it."""
+    called: dict[str, Any] = {}
+    if key.sliding_window:
+        called["window_size"] = (40, 3)
+    if key.sink:
+        called["sink_tokens"] = 5
+    if key.alibi:
+        slopes = 0.7 * np.float32(2) ** -np.arange(lengths.batch * heads, dtype=np.float32)
+        called["alibi_slopes"] = slopes.reshape(lengths.batch, heads)
+    expected = dict(called)
+    if key.dropout:
+        called |= {"dropout_p": 0.17, "random_state": (3, 4)}
+        expected |= {"dropout_p": 0.17, "dropout_mask": dropout_mask(3, 4, 0.17, lengths.batch, heads, *lengths.longest)}
+    return called, expected
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("key", GOLDEN, ids=str)
+def test_golden_cell(build: Build, key: DispatchKey, lengths: Lengths) -> None:
+    """Right under every schedule, and bitwise the same; keys that are not in use are NaN, and so are queries."""
+    heads = max(key.gqa_ratio, 2), 1
+    q, k, v = lengths.qkv(np, np.random.default_rng(7), heads, key.head_dim, DTYPES[key.dtype])
+    called, expected = features(key, lengths, heads[0])
+    sequences, results = lengths.arrays(np), []
+    for seed in SEEDS:
+        results.append(run_forward(Cell.of(key), q, k, v, seed=seed, program=build(key), **called, **sequences))
+        assert (results[-1].out.view(np.uint16) == results[0].out.view(np.uint16)).all() and (results[-1].lse == results[0].lse).all()
+    q[~lengths.rows_in_use(0)] = 0  # the reference does not look at them; its rounding does
+    expected |= {"causal": key.causal, **sequences}
+    check_forward(results[0].out, results[0].lse, q, k, v, case=f"{key} {lengths}", **expected)
+    assert not results[0].out[~lengths.rows_in_use(0)].astype(np.float32).any()
+
+
+def blocks_of(lengths: Lengths, side: Side, block: int, mask: MaskKind) -> list[tuple[int, int]]:
+    """(sequence, block) in the order of the list."""
+    total_q, total_k = lengths.totals
+    sizes = {"batch": lengths.batch, "num_heads_q": 1, "num_heads_kv": 1, "head_dim": 64}
+    request = VarlenFwdRequest(cu_seqlens=CumulativeSeqlens(total_q, total_k), mask=mask, **sizes)
+    memory = GlobalMemory()
+    addresses = {name: memory.add(name, array).address for name, array in lengths.arrays(np).items()}
+    numbers = list_tiles(request, side, block, block, addresses, memory, 0).data.view(np.int32)
+    return [tuple(int(n) for n in numbers[2 + 2 * i : 4 + 2 * i]) for i in range(numbers[0])]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("side", ["q", "k"])
+@pytest.mark.parametrize("mask", [Causal(), SlidingFull(30)], ids=str)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_the_list_has_every_block_once_heavy_ones_first(lengths: Lengths, mask: MaskKind, side: Side) -> None:
+    block, place = 16, "qk".index(side)
+    found = blocks_of(lengths, side, block, mask)
+    rows = [pair[place] for pair in lengths.pairs]
+    rows.append(lengths.totals[place] - sum(rows))
+    assert sorted(found) == [(b, i) for b, length in enumerate(rows) for i in range(-(-length // block))]
+    work = [_work(lengths, place, block, mask, *entry) for entry in found]
+    assert all(later <= earlier * 9 // 8 + 1 for earlier, later in pairwise(work)), work
+
+
+def _work(lengths: Lengths, side: int, block: int, mask: MaskKind, sequence: int, index: int) -> int:
+    """Blocks of columns that the block's rows see, by looking at each pair."""
+    if sequence == lengths.batch:
+        return 0
+    own, other = ((lengths.used_q, lengths.used_k)[i] for i in (side, 1 - side))
+    rows = own[sequence] if own else lengths.pairs[sequence][side]
+    columns = other[sequence] if other else lengths.pairs[sequence][1 - side]
+    left, right = (10**9 if bound < 0 else bound for bound in mask.window)
+    seen = set()
+    for row in range(index * block, min((index + 1) * block, rows)):
+        for column in range(columns):
+            query, key = (row, column) if side == 0 else (column, row)
+            position = query + (columns - rows if side == 0 else rows - columns)
+            if position - left <= key <= position + (0 if mask.causal else right):
+                seen.add(column // block)
+    return len(seen)
