@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .api import flash_attn_func
     from .api_backward import flash_attn_backward
-    from .api_varlen import flash_attn_varlen_func
+    from .api_varlen import flash_attn_varlen_backward, flash_attn_varlen_func
     from .dispatch import DISPATCH_TABLE, DispatchKey
     from .errors import FlashAttnError
     from .requests import (
@@ -59,6 +59,7 @@ __all__ = [
     "Window",
     "flash_attn_backward",
     "flash_attn_func",
+    "flash_attn_varlen_backward",
     "flash_attn_varlen_func",
     "no_compile",
 ]
@@ -66,6 +67,7 @@ __all__ = [
 _MODULES = {
     "flash_attn_backward": "api_backward",
     "flash_attn_func": "api",
+    "flash_attn_varlen_backward": "api_varlen",
     "flash_attn_varlen_func": "api_varlen",
     "DISPATCH_TABLE": "dispatch",
     "DispatchKey": "dispatch",

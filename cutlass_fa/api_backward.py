@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from . import kernels
-from .api import BACKENDS, check_random_state, extra_signatures, flash_attn_func, mask_of, reference_library
+from .api import BACKENDS, check_random_state, extra_signatures, forward, mask_of, reference_library
 from .arrays import ArrayLibrary, check_one_library, library_of, not_on_gpu
 from .device import check_current_device, device_info
 from .errors import InvalidArgument
@@ -15,9 +15,12 @@ from .launches.fa2_bwd import Fa2BwdPlan
 from .problem import ALIGNMENT_BYTES
 from .problem_backward import BackwardProblem
 
-_Options = tuple[float | None, bool, tuple[int, ...], int, float, float, bool, bool]
-_OPTION_NAMES = ("softmax_scale", "causal", "window_size", "sink_tokens", "softcap", "dropout_p", "deterministic", "recompute")
-_NOT_THE_FORWARDS = ("deterministic", "recompute")
+_Options = tuple[float | None, bool, tuple[int, ...], int, float, float, bool, bool, int | None, int | None]
+_OPTION_NAMES = (
+    *("softmax_scale", "causal", "window_size", "sink_tokens", "softcap", "dropout_p", "deterministic", "recompute"),
+    *("max_seqlen_q", "max_seqlen_k"),
+)
+_NOT_THE_REFERENCES = ("deterministic", "recompute", "max_seqlen_q", "max_seqlen_k")
 
 
 def flash_attn_backward(
@@ -63,12 +66,18 @@ def flash_attn_backward(
     Fp8BackwardUnsupported for bad input, UnsupportedCell for a combination without a kernel, MockMode where there is no GPU,
     CompileError, CompileDisabled.
     """
-    options = (softmax_scale, causal, tuple(window_size), sink_tokens, softcap, dropout_p, deterministic, recompute)
+    options = (softmax_scale, causal, tuple(window_size), sink_tokens, softcap, dropout_p, deterministic, recompute, None, None)
     extras = (alibi_slopes, None, None, None, None)
-    random_state = (dropout_seed, dropout_offset)
-    gradients = (dq, dk, dv)
-    arrays = (q, k, v, out, dout, lse, dlse, *gradients)
-    if dropout_p:
+    return backward((q, k, v, out, dout, lse, dlse, dq, dk, dv), options, extras, (dropout_seed, dropout_offset), backend)
+
+
+def backward(
+    arrays: tuple[Any, ...], options: _Options, extras: tuple[Any, ...], random_state: tuple[int, int], backend: str
+) -> tuple[Any, Any, Any]:
+    """A backward call, whatever its arrays look like. arrays: in the order of _NAMES; options: in that of _OPTION_NAMES; extras: in that of
+    EXTRA_NAMES."""
+    q, k, v, out, dout, lse, dlse, *gradients = arrays
+    if options[5]:  # dropout_p
         check_random_state(random_state)
     if backend == "reference":
         return _reference(arrays, options, extras, random_state)
@@ -77,11 +86,12 @@ def flash_attn_backward(
     library = library_of(type(q))
     plan = _plan(library, arrays, options, extras)
     problem, device = plan.problem, plan.problem.q.device
-    if recompute:
-        forward = _forward_options(options, extras)
-        out, lse = flash_attn_func(q, k, v, return_lse=True, dropout_seed=dropout_seed, dropout_offset=dropout_offset, **forward)
+    if problem.request.recompute:
+        softmax_scale, causal, window_size, sink_tokens, softcap, dropout_p, _, _, longest_q, longest_k = options
+        again = (softmax_scale, causal, window_size, sink_tokens, None, softcap, dropout_p, None, longest_q, longest_k)
+        out, lse = forward(q, k, v, None, True, again, extras, random_state, backend)
     dq, dk, dv = (
-        library.empty(spec.shape, spec.dtype, device) if given is None else given
+        library.empty(problem.shape_of(spec), spec.dtype, device) if given is None else given
         for given, spec in zip(gradients, (problem.dq, problem.dk, problem.dv), strict=True)
     )
     workspace = library.empty((plan.workspace.floats,), "f32", device)
@@ -92,12 +102,6 @@ def flash_attn_backward(
     _check_addresses(addresses)
     plan.run(addresses, start, library.current_stream(device), random_state)
     return dq, dk, dv
-
-
-def _forward_options(options: _Options, extras: tuple[Any, ...]) -> dict[str, Any]:
-    """What the forward is given of a backward's arguments, by their names, the random state apart."""
-    named: dict[str, Any] = dict(zip(_OPTION_NAMES, options, strict=True)) | dict(zip(EXTRA_NAMES, extras, strict=True))
-    return {name: value for name, value in named.items() if name not in _NOT_THE_FORWARDS and value is not None}
 
 
 _plans: dict[tuple[Any, ...], Fa2BwdPlan] = {}
@@ -170,11 +174,13 @@ def _reference(arrays: tuple[Any, ...], options: _Options, extras: tuple[Any, ..
     q, k, v, _, dout, _, dlse, *gradients = arrays
     library = reference_library(q)
     request = _problem(library, arrays, options, extras, "sm_90a", None).request
-    forward = _forward_options(options, extras)
+    named: dict[str, Any] = dict(zip(_OPTION_NAMES, options, strict=True)) | dict(zip(EXTRA_NAMES, extras, strict=True))
+    for name in _NOT_THE_REFERENCES:
+        del named[name]
     if request.dropout_p > 0:
         sizes = (request.batch, request.num_heads_q, request.seqlen_q, request.seqlen_k)
-        forward["dropout_mask"] = dropout_mask(*random_state, request.dropout_p, *sizes)
-    exact = attention_backward(dout, q, k, v, dlse=dlse, **forward)
+        named["dropout_mask"] = dropout_mask(*random_state, request.dropout_p, *sizes)
+    exact = attention_backward(dout, q, k, v, dlse=dlse, **named)
     results = []
     for given, value in zip(gradients, (exact.dq, exact.dk, exact.dv), strict=True):
         rounded = value.astype(q.dtype)

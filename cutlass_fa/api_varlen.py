@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 from .api import forward
+from .api_backward import backward
 from .arrays import library_of
 from .errors import InvalidArgument, SeqlenOverflow
 from .requests import MAX_SEQLEN, PersistentMode
@@ -63,6 +64,58 @@ def flash_attn_varlen_func(
         check_sequences("k", cu_seqlens_k, seqused_k, max_seqlen_k, k.shape[0])
     extras = (alibi_slopes, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
     return forward(q, k, v, out, return_lse, options, extras, (dropout_seed, dropout_offset), backend)
+
+
+def flash_attn_varlen_backward(
+    dout: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    out: Any = None,
+    lse: Any = None,
+    *,
+    seqused_q: Any = None,
+    seqused_k: Any = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    sink_tokens: int = 0,
+    alibi_slopes: Any = None,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    dropout_seed: int = 0,
+    dropout_offset: int = 0,
+    deterministic: bool = False,
+    dlse: Any = None,
+    recompute: bool = False,
+    dq: Any = None,
+    dk: Any = None,
+    dv: Any = None,
+    check: bool = False,
+    backend: str = "cuda",
+) -> tuple[Any, Any, Any]:
+    """Gradients of flash_attn_varlen_func, as flash_attn_backward's.
+
+    dout, out, dq: (total_q, num_heads_q, head_dim); dk, dv: (total_k, num_heads_kv, head_dim); lse, dlse: (num_heads_q, total_q).
+    cu_seqlens, max_seqlen, seqused and check: as the forward had them. All other arguments as flash_attn_backward has them.
+
+    Returns (dq, dk, dv); rows that are not in use get 0. Raises what flash_attn_backward raises, and with check InvalidArgument and
+    SeqlenOverflow for the numbers.
+    """
+    options = (
+        *(softmax_scale, causal, tuple(window_size), sink_tokens, softcap, dropout_p, deterministic, recompute),
+        *(max_seqlen_q, max_seqlen_k),
+    )
+    check_given(cu_seqlens_q, cu_seqlens_k)
+    if check:
+        check_sequences("q", cu_seqlens_q, seqused_q, max_seqlen_q, q.shape[0])
+        check_sequences("k", cu_seqlens_k, seqused_k, max_seqlen_k, k.shape[0])
+    extras = (alibi_slopes, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    return backward((q, k, v, out, dout, lse, dlse, dq, dk, dv), options, extras, (dropout_seed, dropout_offset), backend)
 
 
 def check_given(cu_seqlens_q: Any, cu_seqlens_k: Any) -> None:

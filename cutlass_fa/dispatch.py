@@ -188,9 +188,9 @@ class DispatchTable:
 BUILT_FLAGS: dict[tuple[str, str], tuple[str, ...]] = {
     ("fa2", "fwd"): ("causal", "varlen", "sliding_window", "alibi", "sink", "softcap", "dropout"),
     ("fa3", "fwd"): ("causal", "varlen", "sliding_window", "alibi", "sink", "softcap"),
-    ("fa2", "bwd"): ("causal", "sliding_window", "alibi", "sink", "softcap", "dropout", "deterministic", "split"),
-    ("fa2", "bwd_preprocess"): (),
-    ("fa2", "bwd_convert"): ("split",),
+    ("fa2", "bwd"): ("causal", "varlen", "sliding_window", "alibi", "sink", "softcap", "dropout", "deterministic", "split"),
+    ("fa2", "bwd_preprocess"): ("varlen",),
+    ("fa2", "bwd_convert"): ("varlen", "split"),
     ("fa2", "varlen_tiles"): (),
 }
 
@@ -217,6 +217,10 @@ def _semantic_reasons(key: DispatchKey) -> list[str]:
         (
             key.direction == "varlen_tiles" and (key.dtype, key.head_dim) != VARLEN_TILES_OF,
             "one list of tiles serves all: its key has dtype {} and head_dim {}".format(*VARLEN_TILES_OF),
+        ),
+        (
+            key.direction == "bwd_convert" and key.split and key.varlen,
+            "parts of dk and dv are added up as of one sequence: leave out varlen",
         ),
         (key.split and not backward, "split is the backward's: parts of dk and dv"),
     )
@@ -300,6 +304,10 @@ DISPATCH_TABLE = DispatchTable(
         _fa2_bwd("sm_80", "bf16", 128, dropout=True),
         _fa2_bwd("sm_80", "bf16", 128, causal=True, sliding_window=True),
         _fa2_bwd("sm_80", "f16", 64, sliding_window=True, alibi=True, sink=True),
+        _fa2_bwd("sm_80", "bf16", 128, varlen=True),
+        _fa2_bwd("sm_90a", "bf16", 128, causal=True, varlen=True),
+        _fa2_bwd("sm_90a", "f16", 64, causal=True, varlen=True, sliding_window=True, alibi=True, sink=True, dropout=True, split=True),
+        _fa2_bwd("sm_90a", "bf16", 64, causal=True, varlen=True, deterministic=True),
         _fa2_bwd("sm_86", "bf16", 256),
         _fa2_bwd("sm_89", "bf16", 64, causal=True),
         _fa2_bwd("sm_90a", "bf16", 128, causal=True),
@@ -310,7 +318,9 @@ DISPATCH_TABLE = DispatchTable(
         _fa2_bwd("sm_120", "bf16", 128),
         DispatchKey("fa2", "varlen_tiles", "sm_80", *VARLEN_TILES_OF),
         DispatchKey("fa2", "bwd_preprocess", "sm_80", "bf16", 128),
+        DispatchKey("fa2", "bwd_preprocess", "sm_80", "bf16", 128, varlen=True),
         DispatchKey("fa2", "bwd_convert", "sm_80", "bf16", 128),
+        DispatchKey("fa2", "bwd_convert", "sm_80", "bf16", 128, varlen=True),
         DispatchKey("fa2", "bwd_convert", "sm_90a", "bf16", 128),
         DispatchKey("fa2", "bwd_convert", "sm_90a", "bf16", 128, split=True),
     )

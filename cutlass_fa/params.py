@@ -60,12 +60,13 @@ _FORWARD_SIZES = (
     ParamField("num_m_blocks", "int", "ceil(seqlen_q / kQueriesPerTile)"),
     ParamField("num_tiles", "int", "num_m_blocks * heads of the work list * batch"),
 )
-_SEQUENCES = (
+SEQUENCES = (
     ParamField("cu_seqlens_q", "int*", "(batch + 1,) first rows of the sequences in q, and their end"),
     ParamField("cu_seqlens_k", "int*", "(batch + 1,) of k and v"),
     ParamField("seqused_q", "int*", "(batch,) rows of each sequence that are used, or null: all"),
     ParamField("seqused_k", "int*", "(batch,) of k and v"),
 )
+KEY_BLOCK_LIST = ParamField("tile_list", "int*", "every sequence's blocks of keys, heaviest first (sequences.cuh)")
 _TILE_LIST = ParamField("tile_list", "int*", "every sequence's query blocks, heaviest first (sequences.cuh)")
 _PACKED_SIZES = (
     ParamField("batch", "int", "sequences"),
@@ -136,7 +137,7 @@ def fa2_fwd_params(key: DispatchKey) -> tuple[ParamField, ...]:
 
 def _extra_addresses(key: DispatchKey) -> tuple[ParamField, ...]:
     """Of extra arrays, in the order of extras.py; then what the list of tiles before the kernel makes."""
-    return (ALIBI_SLOPES,) * key.alibi + (*_SEQUENCES, _TILE_LIST) * key.varlen
+    return (ALIBI_SLOPES,) * key.alibi + (*SEQUENCES, _TILE_LIST) * key.varlen
 
 
 def _forward_features(key: DispatchKey) -> tuple[ParamField, ...]:

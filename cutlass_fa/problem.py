@@ -125,7 +125,7 @@ def sizes_of(q: ArraySpec, k: ArraySpec, extras: ExtraSpecs, max_seqlen_q: int |
 
 
 def one_sequence(spec: ArraySpec) -> ArraySpec:
-    """(total, heads, head_dim) as (1, total, heads, head_dim)."""
+    """A batch dimension of 1 in front, e.g. (total, heads, head_dim) as (1, total, heads, head_dim)."""
     return replace(spec, shape=(1, *spec.shape), strides=(0, *spec.strides))
 
 

@@ -16,6 +16,8 @@ from .problem import (
     check_strides,
     contiguous_strides,
     fresh_like,
+    one_sequence,
+    sizes_of,
 )
 from .requests import Fa2BwdRequest, PositionBias
 
@@ -41,6 +43,10 @@ class BackwardProblem:
     dv: ArraySpec
     extras: ExtraSpecs = NO_EXTRAS
 
+    def shape_of(self, spec: ArraySpec) -> tuple[int, ...]:
+        """Of one of the arrays as the caller sees it: packed sequences have no batch dimension."""
+        return spec.shape if self.request.cu_seqlens is None else spec.shape[1:]
+
     @classmethod
     def from_specs(
         cls,
@@ -55,6 +61,8 @@ class BackwardProblem:
         *,
         recompute: bool,
         extras: ExtraSpecs = NO_EXTRAS,
+        max_seqlen_q: int | None = None,
+        max_seqlen_k: int | None = None,
         **options: Any,
     ) -> BackwardProblem:
         """Check the arrays of a backward call and describe it. gradients: dq, dk, dv; None: a fresh contiguous array.
@@ -62,15 +70,21 @@ class BackwardProblem:
         options: fields of Fa2BwdRequest that no array says. Raises InvalidArgument (rank, shape, stride, device, a mix of dtypes, out or
         lse missing; names the argument), UnsupportedDtype, and everything that Fa2BwdRequest raises.
         """
-        for name, spec in (("q", q), ("k", k), ("v", v), ("dout", dout)):
-            check_rank(name, spec)
+        packed = extras.is_packed
+        dq, dk, dv = gradients
+        named = {"q": q, "k": k, "v": v, "dout": dout, "out": out, "dq": dq, "dk": dk, "dv": dv}
+        for name, spec in named.items():
+            if spec is not None:
+                check_rank(name, spec, packed)
+        if packed:
+            dout, q, k, v = (one_sequence(spec) for spec in (dout, q, k, v))
+            out, dq, dk, dv = (None if spec is None else one_sequence(spec) for spec in (out, dq, dk, dv))
+            lse, dlse = (None if spec is None else _one_sequence_per_row(spec) for spec in (lse, dlse))
         check_same_dtype(q, k, v)
         check_shapes(q, k, v)
         batch, seqlen_q, num_heads_q, head_dim = q.shape
         request = Fa2BwdRequest(
-            batch=batch,
-            seqlen_q=seqlen_q,
-            seqlen_k=k.shape[1],
+            **sizes_of(q, k, extras, max_seqlen_q, max_seqlen_k),
             num_heads_q=num_heads_q,
             num_heads_kv=k.shape[2],
             head_dim=head_dim,
@@ -83,7 +97,7 @@ class BackwardProblem:
         out, lse = _kept(out, fresh_like(q), "out", recompute), _kept(lse, lse_like, "lse", recompute)
         check_out(dout, q, "dout", allow_broadcast=True)
         check_out(out, q)
-        dq, dk, dv = (spec or fresh_like(like) for spec, like in zip(gradients, (q, k, v), strict=True))
+        dq, dk, dv = (spec or fresh_like(like) for spec, like in zip((dq, dk, dv), (q, k, v), strict=True))
         for name, spec, like in (("dq", dq, "q"), ("dk", dk, "k"), ("dv", dv, "v")):
             check_out(spec, q if like == "q" else k, name, like)
         for name, spec in (("q", q), ("k", k), ("v", v), ("out", out), ("dout", dout), ("dq", dq), ("dk", dk), ("dv", dv)):
@@ -94,8 +108,15 @@ class BackwardProblem:
             if per_row is not None:
                 _check_per_row(name, per_row, lse_like)
                 check_device(name, per_row, q)
-        extras.check(q, batch)
+        extras.check(q, request.batch)
         return cls(request, q, k, v, out, dout, lse, dlse, dq, dk, dv, extras)
+
+
+def _one_sequence_per_row(spec: ArraySpec) -> ArraySpec:
+    """(num_heads_q, total_q) as (1, num_heads_q, total_q)."""
+    if len(spec.shape) != 2:
+        raise InvalidArgument(f"lse or dlse has shape {spec.shape}: expected (num_heads_q, total_q) with cu_seqlens")
+    return one_sequence(spec)
 
 
 def _kept(spec: ArraySpec | None, fresh: ArraySpec, name: str, recompute: bool) -> ArraySpec:

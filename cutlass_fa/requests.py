@@ -313,12 +313,15 @@ class Fa2BwdRequest(AttentionRequest):
         return replace(self._key("fa2", "bwd"), deterministic=self.deterministic, split=self.splits > 1)
 
     def dispatch_keys(self) -> tuple[DispatchKey, ...]:
-        """Every kernel of the call in the order of the launches: the forward's where it recomputes, preprocess, main, convert."""
+        """Every kernel of the call: the forward's where it recomputes, the list of key blocks of packed sequences (not where it is
+        deterministic), preprocess, main, convert."""
         main = self.dispatch_key()
         plain = DispatchKey("fa2", "bwd", self.arch, self.dtype, main.head_dim)
-        passes = (replace(plain, direction="bwd_preprocess"), main, replace(plain, direction="bwd_convert"))
+        convert = replace(plain, direction="bwd_convert", varlen=main.varlen)
+        passes = (replace(plain, direction="bwd_preprocess", varlen=main.varlen), main, convert)
         parts = (replace(plain, direction="bwd_convert", split=True),) * main.split
-        return (*((self.forward().dispatch_key(),) if self.recompute else ()), *passes, *parts)
+        tiles = (varlen_tiles_key(self.arch),) * (main.varlen and not main.deterministic)
+        return (*(self.forward().dispatch_keys() if self.recompute else ()), *tiles, *passes, *parts)
 
     def forward(self) -> FwdRequest:
         """The forward that this is the backward of."""
@@ -327,20 +330,31 @@ class Fa2BwdRequest(AttentionRequest):
 
     @property
     def blocks(self) -> tuple[int, int]:
-        """Blocks of queries of one head, and of keys."""
+        """Blocks of queries of one head, and of keys; of packed sequences the places for those of all."""
         key = self._key("fa2", "bwd")
         tile = fa2_bwd_tile(key.arch, key.head_dim, key.features)
+        if self.cu_seqlens is not None:
+            rows = self.cu_seqlens
+            return max_blocks(rows.total_q, self.batch, tile.tile_m), max_blocks(rows.total_k, self.batch, tile.tile_n)
         return -(-self.seqlen_q // tile.tile_m), -(-self.seqlen_k // tile.tile_n)
 
     @property
     def splits(self) -> int:
         """CTAs that share the queries of a block of keys: more than one where most multiprocessors would have none."""
-        heads, m_blocks, n_blocks = self.num_heads_kv * self.batch, *self.blocks
+        m_blocks, n_blocks = self.blocks
         query_blocks = m_blocks * (self.num_heads_q // self.num_heads_kv)
         if self.num_splits is not None:
             return min(self.num_splits, query_blocks)
-        wanted = -(-self._sms // (self.copies * heads)) if self.deterministic else self._sms // (n_blocks * heads)
+        if self.deterministic:
+            wanted = -(-self._sms // (self.copies * self.num_heads_kv * self.batch))
+        else:
+            wanted = self._sms // (n_blocks * self.num_heads_kv * self.batches_of_blocks)
         return max(1, min(wanted, query_blocks // LEAST_BLOCKS_OF_A_SPLIT))
+
+    @property
+    def batches_of_blocks(self) -> int:
+        """How many times there are `blocks` of a head: packed sequences are counted in them already."""
+        return self.batch if self.cu_seqlens is None else 1
 
     @property
     def copies(self) -> int:
@@ -352,6 +366,11 @@ class Fa2BwdRequest(AttentionRequest):
     @property
     def _sms(self) -> int:
         return self.num_sms or limits_of(self.arch).num_sms
+
+
+def max_blocks(rows: int, sequences: int, block_rows: int) -> int:
+    """Blocks that packed sequences have at most: a last one that is not full in each, and in the rows after them."""
+    return rows // block_rows + sequences + 1
 
 
 FwdRequest: TypeAlias = Fa2FwdRequest | Fa3FwdRequest

@@ -23,7 +23,7 @@ from tests.numerics import check_backward
 
 pytestmark = pytest.mark.skipif(compiler_problem() is not None, reason=str(compiler_problem()))
 
-GOLDEN = [key for key in DISPATCH_TABLE if key.direction == "bwd"]
+GOLDEN = [key for key in DISPATCH_TABLE if key.direction == "bwd" and not key.varlen]
 SEEDS = (0, 1, 2, 3)  # every policy for landing copies, fair and unfair scheduling
 Build = Callable[[DispatchKey], Program]
 

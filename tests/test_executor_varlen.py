@@ -14,14 +14,15 @@ from cutlass_fa import VarlenFwdRequest
 from cutlass_fa.cell import Cell
 from cutlass_fa.dispatch import DISPATCH_TABLE, DispatchKey
 from cutlass_fa.dropout import dropout_mask
-from cutlass_fa.executor import ExecutorKernel, Program, compiler_problem, run_forward
+from cutlass_fa.executor import ExecutorKernel, Program, compiler_problem, run_backward, run_forward
 from cutlass_fa.executor.launch import GlobalMemory
 from cutlass_fa.executor.varlen_tiles import list_tiles
 from cutlass_fa.launches.varlen_tiles import Side
+from cutlass_fa.reference import Gradients, attention_forward
 from cutlass_fa.render import render
 from cutlass_fa.requests import Causal, CumulativeSeqlens, MaskKind, SlidingFull
 from tests.backward_cases import DTYPES
-from tests.numerics import check_forward
+from tests.numerics import check_backward, check_forward
 from tests.varlen_cases import Lengths
 
 pytestmark = pytest.mark.skipif(compiler_problem() is not None, reason=str(compiler_problem()))
@@ -118,3 +119,37 @@ def _work(lengths: Lengths, side: int, block: int, mask: MaskKind, sequence: int
             if position - left <= key <= position + (0 if mask.causal else right):
                 seen.add(column // block)
     return len(seen)
+
+
+# ---- backward ------------------------------------------------------------------------------------------------------------------------
+
+GOLDEN_BACKWARD = [key for key in DISPATCH_TABLE if key.direction == "bwd" and key.varlen]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("key", GOLDEN_BACKWARD, ids=str)
+def test_golden_backward(build: Build, key: DispatchKey, lengths: Lengths) -> None:
+    """Gradients by the rule; those of rows that are not in use are 0, whatever the rows hold."""
+    rng, heads = np.random.default_rng(7), (2, 1)
+    q, k, v = lengths.qkv(np, rng, heads, key.head_dim, DTYPES[key.dtype])
+    dout = rng.standard_normal(q.shape, dtype=np.float32).astype(q.dtype)
+    dlse = rng.standard_normal((heads[0], q.shape[0]), dtype=np.float32)
+    called, expected = features(key, lengths, heads[0])
+    expected |= {"causal": key.causal, **lengths.arrays(np)}
+    exact_out, exact_lse = attention_forward(q, k, v, **expected)
+    out, lse = exact_out.astype(q.dtype), exact_lse.astype(np.float32)
+    out[~lengths.rows_in_use(0)], dout[~lengths.rows_in_use(0)] = np.nan, np.nan
+    results = []
+    for seed in SEEDS:
+        more: dict[str, Any] = {"num_splits": 3 if key.split else 1, "num_copies": 2 if key.deterministic else 1, "dlse": dlse}
+        results.append(run_backward(key, dout, q, k, v, out, lse, seed=seed, build=build, **called, **lengths.arrays(np), **more))
+        if key.deterministic:
+            assert (results[-1].dq.view(np.uint16) == results[0].dq.view(np.uint16)).all()
+    for side, arrays in ((0, (q, dout)), (1, (k, v))):  # the reference does not look at them; its rounding does
+        for array in arrays:
+            array[~lengths.rows_in_use(side)] = 0
+    for result in results:
+        gradients = Gradients(result.dq, result.dk, result.dv)
+        check_backward(gradients, dout, q, k, v, case=f"{key} {lengths}", dlse=dlse, **expected)
+        assert not result.dq[~lengths.rows_in_use(0)].astype(np.float32).any()
+        assert not result.dk[~lengths.rows_in_use(1)].astype(np.float32).any()

@@ -13,9 +13,10 @@ import cutlass_fa
 from cutlass_fa import errors
 from cutlass_fa.device import device_info
 from cutlass_fa.dropout import dropout_mask
+from cutlass_fa.reference import Gradients
 from tests.backward_cases import DTYPES, RANDOM_STATE
 from tests.covering import covering
-from tests.numerics import check_forward, poisoned
+from tests.numerics import check_backward, check_forward, poisoned
 from tests.varlen_cases import Lengths
 
 pytestmark = pytest.mark.gpu
@@ -55,6 +56,21 @@ class Call:
         words += [f"w{self.window[0]}.{self.window[1]}", f"s{self.sink}", f"c{self.softcap:g}", f"a.{self.alibi}", f"p{self.dropout_p:g}"]
         return "-".join(word for word in words if word)
 
+    def options(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What a call is given of the features, and what the reference is told of them."""
+        import cupy
+
+        options: dict[str, Any] = {"causal": self.causal, "window_size": self.window, "sink_tokens": self.sink, "softcap": self.softcap}
+        if self.alibi != "none":
+            shape = (HEADS[self.heads][0],) if self.alibi == "heads" else (self.lengths.batch, HEADS[self.heads][0])
+            options["alibi_slopes"] = cupy.random.uniform(-0.05, 1, shape, np.float32)
+        call = dict(options)
+        if self.dropout_p:
+            call |= {"dropout_p": self.dropout_p, "dropout_seed": RANDOM_STATE[0], "dropout_offset": RANDOM_STATE[1]}
+            mask = dropout_mask(*RANDOM_STATE, self.dropout_p, self.lengths.batch, HEADS[self.heads][0], *self.lengths.longest, xp=cupy)
+            options |= {"dropout_p": self.dropout_p, "dropout_mask": mask}
+        return call, options
+
     def check(self) -> None:
         import cupy
 
@@ -63,16 +79,9 @@ class Call:
         rng = cupy.random.default_rng(np.random.SeedSequence().generate_state(1)[0])
         layout: dict[str, Any] = {"memory_order": self.order, "extra_strides": self.order == "bhsd"}
         q, k, v = self.lengths.qkv(cupy, rng, HEADS[self.heads], self.head_dim, DTYPES[self.dtype], **layout)
-        options: dict[str, Any] = {"causal": self.causal, "window_size": self.window, "sink_tokens": self.sink, "softcap": self.softcap}
-        if self.alibi != "none":
-            shape = (HEADS[self.heads][0],) if self.alibi == "heads" else (self.lengths.batch, HEADS[self.heads][0])
-            options["alibi_slopes"] = cupy.random.uniform(-0.05, 1, shape, np.float32)
+        call, options = self.options()
         sequences = self.lengths.arrays(cupy)
-        call = options | {"family": self.family, "out": poisoned(cupy, q.shape, q.dtype), "return_lse": True, "check": True}
-        if self.dropout_p:
-            call |= {"dropout_p": self.dropout_p, "dropout_seed": RANDOM_STATE[0], "dropout_offset": RANDOM_STATE[1]}
-            mask = dropout_mask(*RANDOM_STATE, self.dropout_p, self.lengths.batch, HEADS[self.heads][0], *self.lengths.longest, xp=cupy)
-            options |= {"dropout_p": self.dropout_p, "dropout_mask": mask}
+        call |= {"family": self.family, "out": poisoned(cupy, q.shape, q.dtype), "return_lse": True, "check": True}
         out, lse = cutlass_fa.flash_attn_varlen_func(q, k, v, **sequences, **call)
         q[cupy.asarray(~self.lengths.rows_in_use(0))] = 0
         check_forward(out, lse, q, k, v, case=self, **options, **sequences)
@@ -186,3 +195,88 @@ def test_a_captured_call_reads_new_lengths(family: str) -> None:
         graph.launch(stream)
         stream.synchronize()
         assert (out.view(np.uint16) == expected.view(np.uint16)).all()
+
+
+# ---- backward: of family fa2, on every GPU -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BackwardCall(Call):
+    """One backward call on packed sequences; out and lse are the forward's own."""
+
+    deterministic: bool = False
+    recompute: bool = False
+
+    def __str__(self) -> str:
+        words = (super().__str__(), "deterministic" * self.deterministic, "recompute" * self.recompute)
+        return "-".join(word for word in words if word)
+
+    def check(self) -> None:
+        import cupy
+
+        rng = cupy.random.default_rng(np.random.SeedSequence().generate_state(1)[0])
+        layout: dict[str, Any] = {"memory_order": self.order, "extra_strides": self.order == "bhsd"}
+        q, k, v = self.lengths.qkv(cupy, rng, HEADS[self.heads], self.head_dim, DTYPES[self.dtype], **layout)
+        dout = cupy.asarray(rng.standard_normal(q.shape, dtype=np.float32)).astype(q.dtype)
+        dlse = cupy.asarray(rng.standard_normal((q.shape[1], q.shape[0]), dtype=np.float32))
+        call, options = self.options()
+        sequences = self.lengths.arrays(cupy)
+        out, lse = cutlass_fa.flash_attn_varlen_func(q, k, v, **sequences, **call, return_lse=True)
+        kept: dict[str, Any] = {"recompute": True} if self.recompute else {"out": out, "lse": lse}
+        gradients = {name: poisoned(cupy, x.shape, x.dtype) for name, x in (("dq", q), ("dk", k), ("dv", v))}
+        arrays = (dout, q, k, v)
+        options_of_backward = {**call, **kept, **gradients, "deterministic": self.deterministic, "dlse": dlse}
+        dq, dk, dv = cutlass_fa.flash_attn_varlen_backward(*arrays, **sequences, **options_of_backward)
+        for side, touched in ((0, (q, dout)), (1, (k, v))):
+            for array in touched:
+                array[cupy.asarray(~self.lengths.rows_in_use(side))] = 0
+        check_backward(Gradients(dq, dk, dv), *arrays, case=self, dlse=dlse, **options, **sequences)
+
+
+def covering_backward_calls() -> list[BackwardCall]:
+    factors = {
+        "lengths": LENGTHS,
+        "dtype": ("f16", "bf16"),
+        "head_dim": (64, 80, 96, 128, 192, 256),
+        "causal": (False, True),
+        "heads": tuple(HEADS),
+        "window": ((-1, -1), (5, 70), (128, 0), (700, -1), (-1, 100)),
+        "sink": (0, 4, 200),
+        "softcap": (0.0, 20.0),
+        "alibi": ("none", "heads", "batch"),
+        "dropout_p": (0.0, 0.17),
+        "order": ("bshd", "bhsd"),
+        "deterministic": (False, True),
+        "recompute": (False, True),
+    }
+    calls = [BackwardCall(family="fa2", **chosen) for chosen in covering(factors, 2)]
+    return [replace(call, sink=0) if call.window == (-1, -1) and not call.causal else call for call in calls]
+
+
+@pytest.mark.parametrize("call", covering_backward_calls(), ids=str)
+def test_backward(call: BackwardCall) -> None:
+    call.check()
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("heads", tuple(HEADS))
+@pytest.mark.parametrize("deterministic", [False, True], ids=["atomic", "deterministic"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_backward_of_every_mix_of_lengths(head_dim: int, deterministic: bool, heads: str, lengths: Lengths) -> None:
+    BackwardCall(lengths, head_dim=head_dim, causal=True, heads=heads, family="fa2", deterministic=deterministic).check()
+
+
+def test_thousand_deterministic_backwards_are_bitwise_equal() -> None:
+    import cupy
+
+    lengths = LENGTHS[1]
+    q, k, v = lengths.qkv(cupy, cupy.random.default_rng(3), (8, 2), 64, DTYPES["bf16"])
+    dout = cupy.random.standard_normal(q.shape, dtype=np.float32).astype(q.dtype)
+    call: dict[str, Any] = {**lengths.arrays(cupy), "causal": True, "deterministic": True}
+    out, lse = cutlass_fa.flash_attn_varlen_func(q, k, v, **lengths.arrays(cupy), causal=True, return_lse=True)
+    first = cutlass_fa.flash_attn_varlen_backward(dout, q, k, v, out=out, lse=lse, **call)
+    different = cupy.zeros((), np.int64)
+    for _ in range(1000):
+        again = cutlass_fa.flash_attn_varlen_backward(dout, q, k, v, out=out, lse=lse, **call)
+        different += sum((x.view(np.uint16) != y.view(np.uint16)).sum() for x, y in zip(again, first, strict=True))
+    assert int(different) == 0

@@ -15,6 +15,8 @@ from ..params import (
     ALIBI_STRIDE,
     DROPOUT_RATE,
     DROPOUT_STATE,
+    KEY_BLOCK_LIST,
+    SEQUENCES,
     ParamField,
     mask_params,
     scale_params,
@@ -159,6 +161,32 @@ class Fa2BwdCell(Cell):
         """Where the blocks of queries that see a work's keys end, in each head."""
         return "m_end" if self.has_window else "params.num_m_blocks"
 
+    # ---- packed sequences --------------------------------------------------------------------------------------------------------
+
+    @property
+    def block_head(self) -> str:
+        """The query head of a block of queries."""
+        if self.is_varlen:
+            return "block.index / params.blocks_per_head"
+        return "(block.index - block.m_block) / params.num_m_blocks - work.batch * params.num_heads_q"
+
+    @property
+    def block_batch_head(self) -> str:
+        """batch * num_heads_q + head of a block of queries."""
+        if self.is_varlen:
+            return "work.batch * params.num_heads_q + block.index / params.blocks_per_head"
+        return "(block.index - block.m_block) / params.num_m_blocks"
+
+    @property
+    def keys_written(self) -> str:
+        """How many keys' gradients are written: of packed sequences all that a sequence owns."""
+        return "params.rows_k" if self.is_varlen else "params.seqlen_k"
+
+    @property
+    def has_key_block_list(self) -> bool:
+        """Whether CTAs find their keys in a list: not where each goes through the keys of a sequence in a fixed order."""
+        return self.is_varlen and not self.is_deterministic
+
     @property
     def has_late_dq(self) -> bool:
         return self.tile.score_stages == 2
@@ -189,6 +217,20 @@ def array_fields(*names: str) -> tuple[tuple[ParamField, ...], tuple[ParamField,
     return wide, tuple(ParamField(f"{name}_stride_row", "int", "elements") for name in names)
 
 
+_NUMBERS = (
+    ParamField("batch", "int", "sequences"),
+    ParamField("seqlen_q", "int", "query rows of each sequence"),
+    ParamField("seqlen_k", "int", "keys of each sequence"),
+    ParamField("num_heads_q", "int", "query heads"),
+    ParamField("num_heads_kv", "int", "key heads"),
+    ParamField("heads_per_kv_head", "int", "num_heads_q / num_heads_kv"),
+    ParamField("head_dim", "int", "columns that exist, at most kHeadDim"),
+    ParamField("num_m_blocks", "int", "ceil(seqlen_q / kTileM)"),
+    ParamField("num_n_blocks", "int", "ceil(seqlen_k / kTileN)"),
+    ParamField("softmax_scale", "float", "factor of q k^T, and so of dk"),
+)
+
+
 def fa2_bwd_params(key: DispatchKey) -> tuple[ParamField, ...]:
     """The fields of a main kernel: what a run writes, then the other wide ones, then the narrow ones."""
     inputs = (
@@ -207,21 +249,32 @@ def fa2_bwd_params(key: DispatchKey) -> tuple[ParamField, ...]:
         ParamField("dk_parts", "float*", "(splits, batch, num_heads_kv, seqlen_k, kHeadDim), written"),
         ParamField("dv_parts", "float*", "like dk_parts"),
     )
-    numbers = (
+    numbers = _packed_numbers(key) if key.varlen else _NUMBERS
+    splits = (ParamField("num_splits", "int", "CTAs that share a block of keys, each with some of its queries"),) * key.split
+    copies = (ParamField("num_copies", "int", "copies of dq_acc, at most num_n_blocks"),) * key.deterministic
+    wide, rows = array_fields("q", "k", "v", "dout", *(() if key.split else ("dk", "dv")))
+    addresses = inputs + (parts if key.split else gradients) + (ALIBI_SLOPES,) * key.alibi
+    addresses += SEQUENCES * key.varlen + (KEY_BLOCK_LIST,) * (key.varlen and not key.deterministic) + DROPOUT_STATE * key.dropout
+    wide += (ALIBI_STRIDE,) * key.alibi
+    return addresses + wide + rows + numbers + splits + copies + scale_params(key) + mask_params(key) + DROPOUT_RATE * key.dropout
+
+
+def _packed_numbers(key: DispatchKey) -> tuple[ParamField, ...]:
+    """Sizes of a main kernel on packed sequences; params_of finds those that are said to be a sequence's."""
+    return (
         ParamField("batch", "int", "sequences"),
-        ParamField("seqlen_q", "int", "query rows of each sequence"),
-        ParamField("seqlen_k", "int", "keys of each sequence"),
+        ParamField("total_q", "int", "rows of q"),
+        ParamField("total_k", "int", "rows of k and v"),
+        ParamField("seqlen_q", "int", "a sequence's: query rows that are used"),
+        ParamField("seqlen_k", "int", "a sequence's: keys that are used"),
+        ParamField("rows_k", "int", "a sequence's: keys that it owns"),
+        *(ParamField("first_k", "int", "a sequence's: its first key among all"),) * key.split,
+        ParamField("num_m_blocks", "int", "a sequence's: ceil(seqlen_q / kTileM)"),
+        ParamField("first_block", "int", "a sequence's: place of its block 0 in a head's workspace"),
+        ParamField("blocks_per_head", "int", "places of a head's workspace"),
         ParamField("num_heads_q", "int", "query heads"),
         ParamField("num_heads_kv", "int", "key heads"),
         ParamField("heads_per_kv_head", "int", "num_heads_q / num_heads_kv"),
         ParamField("head_dim", "int", "columns that exist, at most kHeadDim"),
-        ParamField("num_m_blocks", "int", "ceil(seqlen_q / kTileM)"),
-        ParamField("num_n_blocks", "int", "ceil(seqlen_k / kTileN)"),
         ParamField("softmax_scale", "float", "factor of q k^T, and so of dk"),
     )
-    splits = (ParamField("num_splits", "int", "CTAs that share a block of keys, each with some of its queries"),) * key.split
-    copies = (ParamField("num_copies", "int", "copies of dq_acc, at most num_n_blocks"),) * key.deterministic
-    wide, rows = array_fields("q", "k", "v", "dout", *(() if key.split else ("dk", "dv")))
-    addresses = inputs + (parts if key.split else gradients) + (ALIBI_SLOPES,) * key.alibi + DROPOUT_STATE * key.dropout
-    wide += (ALIBI_STRIDE,) * key.alibi
-    return addresses + wide + rows + numbers + splits + copies + scale_params(key) + mask_params(key) + DROPOUT_RATE * key.dropout

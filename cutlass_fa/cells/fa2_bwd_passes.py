@@ -6,9 +6,13 @@ from dataclasses import dataclass
 
 from ..cell import Cell
 from ..dispatch import DispatchKey
-from ..params import ParamField
+from ..params import SEQUENCES, ParamField
 from .fa2_bwd import Fa2BwdCell, array_fields
 
+_PACKED_SIZES = (  # num_m_blocks are then the places of all sequences' blocks
+    ParamField("batch", "int", "sequences"),
+    ParamField("total_q", "int", "rows of q"),
+)
 ROW_LANES = 8  # threads that share a row
 
 
@@ -76,9 +80,10 @@ class Fa2BwdPreprocessCell(_Pass):
             ParamField("head_dim", "int", "columns that exist, at most kHeadDim"),
             ParamField("num_m_blocks", "int", "ceil(seqlen_q / kTileM)"),
             ParamField("num_copies", "int", "copies of dq_acc"),
+            *_PACKED_SIZES * self.is_varlen,
         )
         wide, rows = array_fields("out", "dout")
-        return addresses + wide + lse + rows + numbers
+        return (*addresses, *SEQUENCES[::2] * self.is_varlen, *wide, *lse, *rows, *numbers)
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,11 @@ class Fa2BwdConvertCell(_Pass):
         return not self.key.split
 
     @property
+    def queries_written(self) -> str:
+        """How many rows are written: of packed sequences all that a sequence owns."""
+        return "queries.rows" if self.is_varlen else "params.seqlen_q"
+
+    @property
     def params(self) -> tuple[ParamField, ...]:
         scale = ParamField("scale", "float", "factor of the sum")
         head_dim = ParamField("head_dim", "int", "columns that exist, at most kHeadDim")
@@ -117,6 +127,7 @@ class Fa2BwdConvertCell(_Pass):
             return (
                 ParamField("dq", "void*", "(batch, seqlen_q, num_heads_q, head_dim) in the element type, written"),
                 ParamField("dq_acc", "float*", "(num_copies, batch, num_heads_q, num_m_blocks, kTileM * kHeadDim) in fragment order"),
+                *SEQUENCES[:1] * self.is_varlen,
                 *wide,
                 *rows,
                 ParamField("seqlen_q", "int", "query rows of each sequence"),
@@ -124,6 +135,7 @@ class Fa2BwdConvertCell(_Pass):
                 head_dim,
                 ParamField("num_m_blocks", "int", "ceil(seqlen_q / kTileM)"),
                 ParamField("num_copies", "int", "copies of dq_acc"),
+                *_PACKED_SIZES * self.is_varlen,
                 scale,
             )
         wide, rows = array_fields("gradient")

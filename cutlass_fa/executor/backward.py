@@ -63,7 +63,8 @@ def run_backward(
 ) -> Backward:
     """Run a whole backward call whose main kernel is `key`'s on the CPU.
 
-    dout, q, k, v, out, lse, dlse: as flash_attn_backward takes them, in the key's dtype and any strides that a GPU's call accepts.
+    dout, q, k, v, out, lse, dlse: as flash_attn_backward takes them, or flash_attn_varlen_backward where the key is of packed sequences, in
+    the key's dtype and any strides that a GPU's call accepts.
     seed: the schedule of every launch. build: where programs come from. softcap, dropout_p: positive where the key has them, else 0.
     window_size, sink_tokens and extras (those of ExtraSpecs): as the forward had them, where the key has them.
     gradients_like: arrays whose shapes and strides dq, dk and dv have; default contiguous. num_splits, num_copies: as Fa2BwdRequest has,
@@ -100,7 +101,7 @@ def run_backward(
     memory = GlobalMemory()
     inputs = {"q": q, "k": k, "v": v, "out": out, "dout": dout, "lse": lse}
     inputs |= {name: array for name, array in {"dlse": dlse, **extras}.items() if array is not None}
-    addresses = {"dlse": 0} | {name: memory.add(name, span(array)).address for name, array in inputs.items()}
+    addresses = dict.fromkeys(("dlse", *EXTRA_NAMES), 0) | {name: memory.add(name, span(array)).address for name, array in inputs.items()}
     outputs = {name: Output.add(memory, getattr(problem, name), name) for name in ("dq", "dk", "dv")}
     addresses |= {name: output.buffer.address for name, output in outputs.items()}
     cells = {each: Cell.of(each) for each in problem.request.dispatch_keys()}
@@ -120,5 +121,5 @@ def run_backward(
         run = f"{key}, seed {seed}"
         bits = output.values(run)
         check_written(run, name, bits)
-        results[name] = bits.view(q.dtype)
+        results[name] = bits.view(q.dtype).reshape(problem.shape_of(output.spec))
     return Backward(**results)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..arrays import ArraySpec
+from ..cell import Cell
 from ..cells.fa2_bwd import Fa2BwdCell
 from ..dispatch import DispatchKey
 from ..dropout import keep_scale, keep_threshold
@@ -18,30 +19,35 @@ from ..errors import InvalidArgument
 from ..kernels import Kernel
 from ..launch import MAX_TILES, KernelLaunch, alibi_values, pack, softmax_scales, tile_count, window_values
 from ..problem_backward import BackwardProblem
+from .varlen_tiles import list_arrays, list_size, pack_list_params
 
 WORKSPACE_ALIGNMENT = 64  # floats: 256 bytes
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """Where things lie in one buffer of float32, in bytes from its start; `floats` is its size. Parts are 0 where dk and dv have none."""
+    """Where things lie in one buffer of float32, in bytes from its start; `floats` is its size. Of parts
+    there is nothing where dk and dv have none, of the list of key blocks where a call needs none."""
 
     lse_log2: int
     dpsum: int
     dq_acc: int
     dk_parts: int
     dv_parts: int
+    tile_list: int
     floats: int
 
     @classmethod
     def of(cls, problem: BackwardProblem, cell: Fa2BwdCell) -> Workspace:
         request = problem.request
-        rows = request.batch * request.num_heads_q * request.blocks[0] * cell.tile_m
-        parts = request.splits * request.batch * request.num_heads_kv * request.seqlen_k * cell.head_dim if cell.is_split else 0
-        sizes = (rows, rows, request.copies * rows * cell.head_dim, parts, parts)
+        batches = request.batches_of_blocks
+        rows = batches * request.num_heads_q * request.blocks[0] * cell.tile_m
+        parts = request.splits * batches * request.num_heads_kv * request.rows_k * cell.head_dim if cell.is_split else 0
+        tiles = list_size(request, "k", cell.tile_n) if cell.has_key_block_list else 0
+        sizes = (rows, rows, request.copies * rows * cell.head_dim, parts, parts, tiles)
         ends = list(accumulate(-(-size // WORKSPACE_ALIGNMENT) * WORKSPACE_ALIGNMENT for size in sizes))
-        lse_log2, dpsum, dq_acc, dk_parts, dv_parts = (4 * start for start in (0, *ends[:-1]))
-        return cls(lse_log2, dpsum, dq_acc, dk_parts, dv_parts, floats=ends[-1])
+        lse_log2, dpsum, dq_acc, dk_parts, dv_parts, tile_list = (4 * start for start in (0, *ends[:-1]))
+        return cls(lse_log2, dpsum, dq_acc, dk_parts, dv_parts, tile_list, floats=ends[-1])
 
 
 @dataclass(frozen=True)
@@ -57,17 +63,19 @@ class PassLaunch:
 def launches_of(problem: BackwardProblem, cells: Mapping[DispatchKey, Any]) -> tuple[PassLaunch, ...]:
     """Every launch of a call in order. cells: of `problem.request.dispatch_keys()`; the forward's is not looked at."""
     request = problem.request
-    keys = [key for key in request.dispatch_keys() if key.direction != "fwd"]
-    preprocess, main, convert = keys[:3]
-    m_blocks = tile_count(request.blocks[0], request.num_heads_q, request.batch)
+    keys = [key for key in request.dispatch_keys() if key in cells and key.direction != "fwd"]
+    first = next(i for i, key in enumerate(keys) if key.direction == "bwd_preprocess")
+    preprocess, main, convert = keys[first : first + 3]
+    m_blocks = tile_count(request.blocks[0], request.num_heads_q, request.batches_of_blocks)
     tile_count(request.copies, m_blocks, 1)
     values = _values(problem)
     made = [
+        *(_list_pass(tiles, cells, problem, cells[main]) for tiles in keys[:first]),
         _pass(preprocess, cells, m_blocks, values),
         _pass(main, cells, _main_grid(problem), values),
         _pass(convert, cells, m_blocks, {**values, "scale": request.scale}),
     ]
-    for parts in keys[3:]:
+    for parts in keys[first + 3 :]:
         for name, spec, scale in (("dk", problem.dk, request.scale), ("dv", problem.dv, keep_scale(request.dropout_p))):
             made.append(_parts_pass(parts, cells, problem, {**values, "scale": scale}, name, spec))
     return tuple(made)
@@ -78,13 +86,20 @@ def _pass(key: DispatchKey, cells: Mapping[DispatchKey, Any], grid: int, values:
     return PassLaunch(key, grid, pack(cell, values), tuple(field.name for field in cell.params if field.is_address))
 
 
+def _list_pass(key: DispatchKey, cells: Mapping[DispatchKey, Any], problem: BackwardProblem, main: Cell) -> PassLaunch:
+    """The list of the blocks of keys of packed sequences."""
+    params = pack_list_params(cells[key], problem.request, "k", main.tile_n, main.tile_m)
+    names = {"tile_list": "tile_list", **list_arrays("k")}
+    return PassLaunch(key, 1, params, tuple(names[field.name] for field in cells[key].params if field.is_address))
+
+
 def _parts_pass(
     key: DispatchKey, cells: Mapping[DispatchKey, Any], problem: BackwardProblem, values: Mapping[str, Any], name: str, spec: ArraySpec
 ) -> PassLaunch:
     """The conversion of dk or dv, which share a kernel."""
     request, cell = problem.request, cells[key]
-    part_size = request.batch * request.num_heads_kv * request.seqlen_k * cell.head_dim
-    own = {"part_size": part_size, "num_parts": request.splits, **_strides("gradient", spec)}
+    part_size = request.batches_of_blocks * request.num_heads_kv * request.rows_k * cell.head_dim
+    own = {"part_size": part_size, "num_parts": request.splits, "seqlen_k": request.rows_k, **_strides("gradient", spec)}
     grid = tile_count(-(-part_size // (4 * cell.threads)), 1, 1)
     names = {"gradient": name, "parts": f"{name}_parts"}
     addresses = tuple(names[field.name] for field in cell.params if field.is_address)
@@ -94,6 +109,10 @@ def _parts_pass(
 def _main_grid(problem: BackwardProblem) -> int:
     """CTAs: one for each block of keys and split, or for each copy and split."""
     request = problem.request
+    if request.cu_seqlens is not None and not request.deterministic:
+        return tile_count(request.blocks[1] * request.splits, request.num_heads_kv, 1)
+    if request.cu_seqlens is not None:  # each sequence, and the rows that belong to none
+        return tile_count(request.copies * request.splits, request.num_heads_kv, request.batch + 1)
     per_head = (request.copies if request.deterministic else request.blocks[1]) * request.splits
     return tile_count(per_head, request.num_heads_kv, request.batch)
 
@@ -118,6 +137,10 @@ def _values(problem: BackwardProblem) -> dict[str, Any]:
         "num_n_blocks": n_blocks,
         "num_splits": request.splits,
         "num_copies": request.copies,
+        "total_q": request.rows_q,
+        "total_k": request.rows_k,
+        "blocks_per_head": m_blocks,
+        **dict.fromkeys(("rows_k", "first_k", "first_block"), 0),  # a sequence's: the kernel finds them
     }
     for name in ("batch", "seqlen_q", "seqlen_k", "num_heads_q", "num_heads_kv", "head_dim"):
         values[name] = getattr(request, name)
@@ -125,7 +148,7 @@ def _values(problem: BackwardProblem) -> dict[str, Any]:
         values |= _strides(name, getattr(problem, name))
     for name in ("lse", "dlse"):
         spec = getattr(problem, name) or problem.lse
-        values |= {f"{name}_stride_batch": spec.strides[0], f"{name}_stride_head": spec.strides[1]}
+        values |= {f"{name}_stride_batch": spec.strides[0] if spec.shape[0] > 1 else 0, f"{name}_stride_head": spec.strides[1]}
     return values
 
 
@@ -158,7 +181,7 @@ class Fa2BwdPlan:
         Asynchronous; may be captured in a CUDA graph. random_state: seed and offset of the forward's dropout. The caller's current device
         must be the plan's. Raises LaunchError or the driver's error."""
         places = self.workspace
-        address = {name: workspace + getattr(places, name) for name in ("lse_log2", "dpsum", "dq_acc", "dk_parts", "dv_parts")}
+        address = {name: workspace + getattr(places, name) for name in ("lse_log2", "dpsum", "dq_acc", "dk_parts", "dv_parts", "tile_list")}
         address |= addresses
         with self._lock:
             for each, launch in self._launches:

@@ -13,7 +13,7 @@ from ..extras import EXTRA_NAMES, extra_words
 from ..kernels import Kernel
 from ..launch import KernelLaunch, pack
 from ..problem import Problem
-from ..requests import AttentionRequest
+from ..requests import AttentionRequest, max_blocks
 
 Side: TypeAlias = Literal["q", "k"]  # whose rows the blocks are of
 
@@ -49,8 +49,8 @@ def list_arrays(side: Side) -> dict[str, str]:
 
 
 def capacity(request: AttentionRequest, side: Side, block_rows: int) -> int:
-    """Blocks that there are at most: a last one that is not full in each sequence, and in the rows after them."""
-    return (request.rows_q if side == "q" else request.rows_k) // block_rows + request.batch + 1
+    """Blocks that there are at most."""
+    return max_blocks(request.rows_q if side == "q" else request.rows_k, request.batch, block_rows)
 
 
 def list_size(request: AttentionRequest, side: Side, block_rows: int) -> int:

@@ -34,4 +34,19 @@ struct SequenceBlock {
 CUTLASS_FA_DEVICE int block_count(int const* list) { return list[0]; }
 CUTLASS_FA_DEVICE SequenceBlock block_of(int const* list, int index) { return {list[2 + 2 * index], list[3 + 2 * index]}; }
 
+// Workspaces have a place for each block of block_rows rows of each sequence, wherever sequences end: block 0 of a sequence that begins at
+// row `first` has this one. (As FlashAttention-2 pads its packed workspaces, in blocks.)
+CUTLASS_FA_DEVICE int place_of_block(int first, int sequence, int block_rows) { return first / block_rows + sequence; }
+
+// The sequence and block that a place is of; the block may be none of the sequence's.
+CUTLASS_FA_DEVICE SequenceBlock block_at_place(int const* cu_seqlens, int batch, int total, int block_rows, int place) {
+  int sequence = 0;
+  for (int end = batch + 1; end - sequence > 1;) {  // the answer is in [sequence, end)
+    int const middle = (sequence + end) / 2;
+    bool const is_before = place_of_block(min(max(cu_seqlens[middle], 0), total), middle, block_rows) <= place;
+    (is_before ? sequence : end) = middle;
+  }
+  return {sequence, place - place_of_block(min(max(cu_seqlens[sequence], 0), total), sequence, block_rows)};
+}
+
 }  // namespace cutlass_fa
