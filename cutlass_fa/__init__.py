@@ -8,6 +8,7 @@ Importing this package needs neither CuPy nor a GPU, and takes a few millisecond
 
 from __future__ import annotations
 
+import time
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from .settings import no_compile
 
 __version__ = "0.1.0"
+
+_IMPORTED_NS = time.time_ns()  # before any module of the package: what is younger on disk need not be what this process runs (rendered.py)
 
 __all__ = [
     "DISPATCH_TABLE",

@@ -32,6 +32,7 @@ Origin = Literal["disk", "pack", "compiled"]
 SOURCE_FILE = "kernel.cu"
 IMAGE_FILE = "kernel.cubin.z"
 META_FILE = "meta.json"
+RENDERED_DIR = "rendered"  # rendered.py's records, beside the entries
 LOCK_TIMEOUT_S = 60.0  # after that a process compiles for itself: whoever holds the lock is stopped, or died and left it to a child
 _LOCK_POLL_S = 0.02
 _STALE_TEMPORARY_S = 24 * 3600.0  # what a killed process left behind is cleared away after a day
@@ -341,12 +342,12 @@ def verify() -> list[str]:
 
 
 def clear() -> int:
-    """Remove every entry of the cache directory and what interrupted writes left there; no pack and no other file.
+    """Remove every entry of the cache directory, the records of rendered.py, and what interrupted writes left; no pack and no other file.
 
     Returns how many entries it removed.
     """
     directory = cache_dir()
-    for path in _temporary_paths(directory):
+    for path in (*_temporary_paths(directory), directory / RENDERED_DIR):
         with contextlib.suppress(OSError):
             _delete(path)
     return sum(_remove(path) for path, _ in _entry_paths(directory))

@@ -14,6 +14,7 @@ from .compile import Cubin, announce, compile_source, content_key
 from .dispatch import DispatchKey
 from .errors import CompileDisabled, CompileError
 from .render import Source, render
+from .rendered import recall, remember
 from .settings import cache_dir, compile_allowed
 from .toolchain import find_toolchain
 
@@ -67,9 +68,13 @@ def forget() -> None:
 def load_or_compile(cell: Cell) -> Kernel:
     """The kernel of a cell, in the tables or not (a sweep tries others), from disk, from a pack or from NVRTC. Raises as `get` does."""
     start = time.perf_counter()
-    source = render(cell)  # needed to find the kernel too: the text is part of its content key
-    _logger.debug("cutlass_fa: rendered %s in %.1f ms", source.name, 1e3 * (time.perf_counter() - start))
+    recalled = recall(cell)
+    source = recalled or render(cell)  # needed to find the kernel too: the text is part of its content key
+    how = "rendered" if recalled is None else "recalled"
+    _logger.debug("cutlass_fa: %s %s in %.1f ms", how, source.name, 1e3 * (time.perf_counter() - start))
     hit = obtain(source)
+    if recalled is None and hit.path is not None:
+        remember(cell, source, hit.path)
     return Kernel(cell.key, cell, source, hit.cubin, hit.path, hit.origin)
 
 

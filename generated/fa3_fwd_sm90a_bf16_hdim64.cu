@@ -248,26 +248,28 @@ CUTLASS_FA_DEVICE void release(Consumer const& self, Mbarrier (&empty)[kRing], P
 CUTLASS_FA_DEVICE void issue_qk(Consumer const& self, SharedStorage& shared, float (&acc_s)[kTileN / 2]) {
   uint64_t const q = matrix_descriptor(kQLayout, shared.q[self.q_pipe.stage()] + self.warpgroup * kWarpgroupQBytes);
   uint64_t const k = matrix_descriptor(kKLayout, shared.k[self.k_pipe.stage()]);
-  pin_registers(acc_s);
-  wgmma_fence();
+  int q_bytes[kHeadDim / 16], k_bytes[kHeadDim / 16];  // from a tile's start to each step's columns
 #pragma unroll
   for (int step = 0; step < kHeadDim / 16; ++step) {
-    wgmma_ss<Element, Major::kK>(acc_s, advance_descriptor(q, column_step_bytes(step, kQChunkBytes)),
-                                  advance_descriptor(k, column_step_bytes(step, kKvChunkBytes)), step > 0);
+    q_bytes[step] = column_step_bytes(step, kQChunkBytes);
+    k_bytes[step] = column_step_bytes(step, kKvChunkBytes);
   }
+  pin_registers(acc_s);
+  wgmma_fence();
+  wgmma_ss_steps<Element, Major::kK>(acc_s, q, q_bytes, k, k_bytes, false);
   wgmma_commit();
 }
 
 // O += P V of one key block. p: the A operand, kTileN / 16 steps of four registers.
 CUTLASS_FA_DEVICE void issue_pv(Consumer const& self, SharedStorage& shared, uint32_t (&p)[kTileN / 4], float (&acc_o)[kHeadDim / 2]) {
   uint64_t const v = matrix_descriptor(kVLayout, shared.v[self.v_pipe.stage()]);
+  int v_bytes[kTileN / 16];
+#pragma unroll
+  for (int step = 0; step < kTileN / 16; ++step) { v_bytes[step] = kVStepBytes * step; }
   pin_registers(acc_o);
   pin_registers(p);
   wgmma_fence();
-#pragma unroll
-  for (int step = 0; step < kTileN / 16; ++step) {
-    wgmma_rs<Element, Major::kMn>(acc_o, p + 4 * step, advance_descriptor(v, kVStepBytes * step), true);
-  }
+  wgmma_rs_steps<Element, Major::kMn>(acc_o, p, v, v_bytes, true);
   wgmma_commit();
 }
 

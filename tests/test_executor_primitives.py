@@ -26,8 +26,8 @@ TWINS = EXECUTOR_DIR / "include" / "cutlass_fa"
 HARDWARE = re.compile(r"\basm\b|\b__\w+\(|\bthreadIdx\b|\batomic[A-Z]\w*\(|#include <(?:cute|cutlass|cuda)/")
 FUNCTION = re.compile(r"^ *CUTLASS_FA_DEVICE (?!static)[^;{=()]*?\b(\w+)\(", re.MULTILINE)
 TYPE = re.compile(r"^(?:struct|enum class)(?: alignas\(\d+\))? (\w+)", re.MULTILINE)
-# The device's own machinery behind wgmma_ss, wgmma_rs and their fp8 forms.
-NOT_OF_THE_DOOR = {"WgmmaShape", "WgmmaFp8Shape"}
+# The device's own machinery behind wgmma_ss, wgmma_rs, their forms for all steps and for fp8.
+NOT_OF_THE_DOOR = {"WgmmaShape", "advance_four", "WgmmaFp8Shape"}
 
 
 # ---- the door ------------------------------------------------------------------------------------------------------------------------

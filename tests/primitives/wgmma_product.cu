@@ -73,18 +73,19 @@ extern "C" __global__ void __launch_bounds__(128, 1)
   for (int i = 0; i < kDepth / 16 * 4; ++i) { a[i] = params.a[thread_index() * (kDepth / 16 * 4) + i]; }
   uint64_t const descriptor_a = matrix_descriptor(kLayoutA, shared.a);
   uint64_t const descriptor_b = matrix_descriptor(kLayoutB, shared.b);
+  int bytes_a[kDepth / 16], bytes_b[kDepth / 16];
+#pragma unroll
+  for (int step = 0; step < kDepth / 16; ++step) {
+    bytes_a[step] = column_step_bytes(step, kChunkBytesA);
+    bytes_b[step] = kMajorB == Major::kK ? column_step_bytes(step, kChunkBytesB) : step * kStepBytesB;
+  }
   pin_registers(acc);
   pin_registers(a);
   wgmma_fence();
-#pragma unroll
-  for (int step = 0; step < kDepth / 16; ++step) {
-    int const bytes_b = kMajorB == Major::kK ? column_step_bytes(step, kChunkBytesB) : step * kStepBytesB;
-    if constexpr (kFromRegisters) {
-      wgmma_rs<Element, kMajorB>(acc, a + 4 * step, advance_descriptor(descriptor_b, bytes_b), step > 0);
-    } else {
-      wgmma_ss<Element, kMajorB>(acc, advance_descriptor(descriptor_a, column_step_bytes(step, kChunkBytesA)),
-                                 advance_descriptor(descriptor_b, bytes_b), step > 0);
-    }
+  if constexpr (kFromRegisters) {
+    wgmma_rs_steps<Element, kMajorB>(acc, a, descriptor_b, bytes_b, false);
+  } else {
+    wgmma_ss_steps<Element, kMajorB>(acc, descriptor_a, bytes_a, descriptor_b, bytes_b, false);
   }
   wgmma_commit();
   if constexpr (kStoreInFlight) { shared.a[thread_index()] = 0; }

@@ -59,4 +59,21 @@ CUTLASS_FA_DEVICE void wgmma_rs(float (&d)[kSize], uint32_t const* a, uint64_t d
   executor::wgmma({d, 2 * kSize, a, 0, descriptor_b, kElement, kElement, kMajorB == Major::kMn, accumulate}, site);
 }
 
+template <class Element, Major kMajorB, int kSize, int kSteps>
+CUTLASS_FA_DEVICE void wgmma_ss_steps(float (&d)[kSize], uint64_t descriptor_a, int const (&bytes_a)[kSteps], uint64_t descriptor_b,
+                                      int const (&bytes_b)[kSteps], bool accumulate, CUTLASS_FA_SITE) {
+  for (int step = 0; step < kSteps; ++step) {
+    wgmma_ss<Element, kMajorB>(d, advance_descriptor(descriptor_a, bytes_a[step]), advance_descriptor(descriptor_b, bytes_b[step]),
+                               accumulate || step > 0, site);
+  }
+}
+
+template <class Element, Major kMajorB, int kSize, int kSteps>
+CUTLASS_FA_DEVICE void wgmma_rs_steps(float (&d)[kSize], uint32_t const (&a)[4 * kSteps], uint64_t descriptor_b,
+                                      int const (&bytes_b)[kSteps], bool accumulate, CUTLASS_FA_SITE) {
+  for (int step = 0; step < kSteps; ++step) {
+    wgmma_rs<Element, kMajorB>(d, a + 4 * step, advance_descriptor(descriptor_b, bytes_b[step]), accumulate || step > 0, site);
+  }
+}
+
 }  // namespace cutlass_fa
