@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .api_backward import flash_attn_backward
     from .dispatch import DISPATCH_TABLE, DispatchKey
     from .errors import FlashAttnError
+    from .merge import merge_attention_states
     from .requests import (
         Causal,
         Fa2BwdRequest,
@@ -54,6 +55,7 @@ __all__ = [
     "Window",
     "flash_attn_backward",
     "flash_attn_func",
+    "merge_attention_states",
     "no_compile",
 ]
 
@@ -63,6 +65,7 @@ _MODULES = {
     "DISPATCH_TABLE": "dispatch",
     "DispatchKey": "dispatch",
     "FlashAttnError": "errors",
+    "merge_attention_states": "merge",
     "no_compile": "settings",
 }
 

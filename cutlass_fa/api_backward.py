@@ -14,9 +14,11 @@ from .extras import EXTRA_NAMES, ExtraSpecs
 from .launches.fa2_bwd import Fa2BwdPlan
 from .problem import ALIGNMENT_BYTES
 from .problem_backward import BackwardProblem
+from .requests import check_offsets
 
-_Options = tuple[float | None, bool, tuple[int, ...], int, float, float, bool, bool]
-_OPTION_NAMES = ("softmax_scale", "causal", "window_size", "sink_tokens", "softcap", "dropout_p", "deterministic", "recompute")
+_Options = tuple[float | None, bool, tuple[int, ...], int, int | None, int | None, float, float, bool, bool]
+_MASK_NAMES = ("causal", "window_size", "sink_tokens", "q_offset", "k_offset")
+_OPTION_NAMES = ("softmax_scale", *_MASK_NAMES, "softcap", "dropout_p", "deterministic", "recompute")
 _NOT_THE_FORWARDS = ("deterministic", "recompute")
 
 
@@ -37,6 +39,8 @@ def flash_attn_backward(
     dropout_p: float = 0.0,
     dropout_seed: int = 0,
     dropout_offset: int = 0,
+    q_offset: int | None = None,
+    k_offset: int | None = None,
     deterministic: bool = False,
     dlse: Any = None,
     recompute: bool = False,
@@ -49,13 +53,16 @@ def flash_attn_backward(
 
     dout: like out, (batch, seqlen_q, num_heads_q, head_dim). q, k, v: as the forward had them; float16 or bfloat16, CuPy or PyTorch tensors
         on the GPU that need no gradient themselves. softmax_scale, causal, window_size, sink_tokens, alibi_slopes, softcap, dropout_p,
-        dropout_seed and dropout_offset: as the forward had them.
+        dropout_seed, dropout_offset, q_offset and k_offset: as the forward had them.
     out, lse: what the forward returned, lse float32 (batch, num_heads_q, seqlen_q); or recompute=True and neither: the call runs the
         forward again, and nothing but q, k, v and dout need be kept for it.
+        Where the keys are a part of all, out and lse are those of all keys (merge_attention_states; out converted to q's dtype), and dlse
+        is the gradient by that lse: dk and dv are then slices of the whole gradients, and the dq of all parts add up to the whole.
     deterministic: equal calls give equal bits of dq (dk and dv always have them), for the time and the float32 memory of copies of dq.
     dlse: float32 like lse, the gradient by lse; default: none.
     dq, dk, dv: where to write the gradients, like q, k and v, any strides that q may have; default: fresh contiguous arrays.
-    backend: "cuda", or "reference": NumPy arrays, computed in float64 on the CPU and rounded to q's dtype.
+    backend: "cuda", or "reference": NumPy arrays, computed in float64 on the CPU and rounded to q's dtype. It looks at q,
+        k, v, dout and dlse alone, and so takes the keys for all there are.
 
     Returns (dq, dk, dv). Queries that see no key and keys that no query sees get gradients of 0. The float32 workspace comes from the
     arrays' own library. Runs asynchronously on the caller's current stream and device; may be captured in a CUDA graph after a first call.
@@ -63,7 +70,10 @@ def flash_attn_backward(
     Fp8BackwardUnsupported for bad input, UnsupportedCell for a combination without a kernel, MockMode where there is no GPU,
     CompileError, CompileDisabled.
     """
-    options = (softmax_scale, causal, tuple(window_size), sink_tokens, softcap, dropout_p, deterministic, recompute)
+    if q_offset is not None or k_offset is not None:
+        check_offsets(q_offset, k_offset)  # before they are hashed
+    masks = (causal, tuple(window_size), sink_tokens, q_offset, k_offset)
+    options = (softmax_scale, *masks, softcap, dropout_p, deterministic, recompute)
     extras = (alibi_slopes,)
     random_state = (dropout_seed, dropout_offset)
     gradients = (dq, dk, dv)

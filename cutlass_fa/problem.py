@@ -5,7 +5,7 @@ A Problem holds no addresses: two calls with arrays of the same shapes, strides 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .arrays import ArraySpec
 from .errors import InvalidArgument, UnsupportedDtype
@@ -13,12 +13,13 @@ from .extras import NO_EXTRAS, ExtraSpecs, check_device
 from .requests import DTYPES_16BIT, FwdRequest, MaskKind, PersistentMode, PositionBias, forward_request
 
 ALIGNMENT_BYTES = 16  # of every address and stride: the granularity of TMA and of the kernels' stores
-_ELEMENT_BYTES = 2
+_ELEMENT_BYTES = {"float32": 4}  # of all others 2
 
 
 @dataclass(frozen=True)
 class Problem:
-    """q (batch, seqlen_q, num_heads_q, head_dim), k and v (batch, seqlen_k, num_heads_kv, head_dim), out like q; strides in elements."""
+    """q (batch, seqlen_q, num_heads_q, head_dim), k and v (batch, seqlen_k, num_heads_kv, head_dim), out like q, or in
+    float32; strides in elements."""
 
     request: FwdRequest
     q: ArraySpec
@@ -47,6 +48,9 @@ class Problem:
         softmax_scale: float | None = None,
         softcap: float = 0.0,
         dropout_p: float = 0.0,
+        q_offset: int | None = None,
+        k_offset: int | None = None,
+        float_out: bool = False,
         persistent: PersistentMode | None = None,
         family: str | None = None,
     ) -> Problem:
@@ -77,11 +81,17 @@ class Problem:
             softmax_scale=softmax_scale,
             softcap=softcap,
             dropout_p=dropout_p,
+            q_offset=q_offset,
+            k_offset=k_offset,
+            float_out=float_out,
             arch=arch,
         )
+        like = replace(q, dtype="float32") if float_out else q
         if out is None:
-            out = fresh_like(q)
-        check_out(out, q)
+            out = fresh_like(like)
+        if float_out and out.dtype != like.dtype:
+            raise InvalidArgument(f"out has dtype {out.dtype}: expected float32, as out_dtype says")
+        check_out(out, like)
         for name, spec in (("q", q), ("k", k), ("v", v), ("out", out)):
             check_strides(name, spec)
             check_device(name, spec, q)
@@ -141,7 +151,7 @@ def check_strides(name: str, spec: ArraySpec) -> None:
     """Raises InvalidArgument unless the last dimension is contiguous and the others step by multiples of 16 bytes."""
     if spec.strides[3] != 1:
         raise InvalidArgument(f"{name} has strides {spec.strides} (elements): the last dimension must be contiguous (stride 1)")
-    step = ALIGNMENT_BYTES // _ELEMENT_BYTES
+    step = ALIGNMENT_BYTES // _ELEMENT_BYTES.get(spec.dtype, 2)
     for axis, (stride, extent) in enumerate(zip(spec.strides[:3], spec.shape[:3], strict=True)):
         if extent > 1 and (stride < 0 or stride % step):
             raise InvalidArgument(

@@ -160,6 +160,11 @@ class Fa2BwdCell(Cell):
         return "m_end" if self.has_window else "params.num_m_blocks"
 
     @property
+    def has_unseen_keys(self) -> bool:
+        """Whether no query at all may see a block of keys."""
+        return self.has_window or self.has_offset
+
+    @property
     def has_late_dq(self) -> bool:
         return self.tile.score_stages == 2
 
