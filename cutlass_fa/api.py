@@ -107,9 +107,7 @@ def flash_attn_func(
 
 # The arguments of a call that are neither arrays nor new at every call, in the order of _OPTION_NAMES. A plain tuple, because it is made
 # and hashed on every call.
-_Options = tuple[
-    float | None, bool, tuple[int, ...], int, int | None, int | None, PersistentMode | None, float, float, bool, str | None
-]
+_Options = tuple[float | None, bool, tuple[int, ...], int, int | None, int | None, PersistentMode | None, float, float, bool, str | None]
 _MASK_NAMES = ("causal", "window_size", "sink_tokens", "q_offset", "k_offset")
 _OPTION_NAMES = ("softmax_scale", *_MASK_NAMES, "persistent", "softcap", "dropout_p", "float_out", "family")
 

@@ -157,7 +157,9 @@ class AttentionRequest:
         check_offsets(self.q_offset, self.k_offset)
         for name, offset, seqlen in (("q", self.q_offset, self.seqlen_q), ("k", self.k_offset, self.seqlen_k)):
             if (offset or 0) + seqlen > MAX_SEQLEN:
-                raise SeqlenOverflow(f"{name}_offset={offset} and seqlen_{name}={seqlen}: positions are 31-bit; together at most {MAX_SEQLEN}")
+                raise SeqlenOverflow(
+                    f"{name}_offset={offset} and seqlen_{name}={seqlen}: positions are 31-bit; together at most {MAX_SEQLEN}"
+                )
         if self.dtype in FP8_DTYPES:
             raise Fp8MustUseFp8Request(f"dtype={self.dtype}: {type(self).__name__} takes f16 and bf16, not fp8; convert the arrays")
         if self.dtype not in DTYPES_16BIT:
@@ -237,8 +239,8 @@ def check_offsets(q_offset: Any, k_offset: Any) -> None:
             continue
         if not isinstance(offset, numbers.Integral):
             raise InvalidArgument(
-                f"{name} is a {type(offset).__name__}: expected an int, which all sequences of the call share; offsets of each sequence are "
-                "not built yet, call once for each"
+                f"{name} is a {type(offset).__name__}: expected an int, which all sequences of the call share; offsets of each sequence "
+                "are not built yet, call once for each"
             )
         if offset < 0:
             raise InvalidArgument(f"{name}={offset}: a position, at least 0")

@@ -18,7 +18,8 @@ def sampled_keys() -> tuple[DispatchKey, ...]:
         factors: dict[str, Any] = {"arch": ARCHS if family == "fa2" else ("sm_90a",), "dtype": ("f16", "bf16"), "head_dim": CELL_HEAD_DIMS}
         for chosen in covering(factors | {flag: (False, True) for flag in flags}, 3):
             chosen["sliding_window"] = chosen.get("sliding_window", False) or chosen.get("sink", False)
-            chosen["causal"] = chosen.get("causal", False) or (chosen.get("offset", False) and not (chosen["sliding_window"] or chosen["alibi"]))
+            if chosen.get("offset", False) and not (chosen["sliding_window"] or chosen["alibi"]):
+                chosen["causal"] = True
             keys.add(DispatchKey(family, direction, **chosen))
     assert not [key for key in keys if DISPATCH_TABLE.why_not(key)]
     return tuple(sorted(keys, key=str))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -52,7 +53,7 @@ class PartCase:
     @property
     def parts(self) -> list[slice]:
         bounds = (0, *self.cuts, self.seqlens[1])
-        return [slice(begin, end) for begin, end in zip(bounds[:-1], bounds[1:], strict=True)]
+        return [slice(begin, end) for begin, end in pairwise(bounds)]
 
     def arrays(self, xp: ModuleType, rng: Any, dtype: str, head_dim: int) -> tuple[Any, Any, Any]:
         sizes = {"batch": self.batch, "seqlen_q": self.seqlens[0], "seqlen_k": self.seqlens[1], "head_dim": head_dim}
@@ -100,5 +101,6 @@ def check_merged(out: Any, lse: Any, q: Any, k: Any, v: Any, case: Any, **option
     smallest = F16_SMALLEST * k.shape[1] * float(xp.abs(as_float64(v)).max()) * (q.dtype == np.float16)
     worst = float((out_error - (ROUNDOFF[q.dtype.name] + FLOAT_ROUNDOFF) * mean_size).max())
     assert worst <= smallest, f"{case}: out is {worst:.2e} further from float64 than rounding explains"
-    lse_error = xp.where(seen, xp.abs(xp.where(seen, lse, 0) - xp.where(seen, exact_lse, 0)) / (1 + xp.abs(xp.where(seen, exact_lse, 0))), 0)
+    lse, exact_lse = (xp.where(seen, x, 0.0) for x in (lse, exact_lse))
+    lse_error = xp.abs(lse - exact_lse) / (1 + xp.abs(exact_lse))
     assert float(lse_error.max()) <= LSE_ROUNDOFF, f"{case}: lse is off by {float(lse_error.max()):.2e} of its size"

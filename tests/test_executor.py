@@ -95,8 +95,9 @@ CASES = (
     Case((1, 1), window=(0, 0), offsets=(3, 3)),
     Case((77, 150), batch=2, order="bhsd"),
     Case((200, 131), narrower=24, strided=True, window=(20, -1), offsets=(None, 70)),  # the first rows' windows end before the first key
-    Case((130, 70), groups=2, persistent=Persistent(1), window=(0, 50), sinks=69, offsets=(50, None)),  # the last rows' begin after the last
-    Case((260, 710), ratio=1, sharpness=8, window=(450, 130), sinks=150, offsets=(500, 100)),  # more key blocks than the ring holds, in every cell
+    Case((130, 70), groups=2, persistent=Persistent(1), window=(0, 50), sinks=69, offsets=(50, None)),
+    # More key blocks than the ring holds, in every cell.
+    Case((260, 710), ratio=1, sharpness=8, window=(450, 130), sinks=150, offsets=(500, 100)),
 )
 
 

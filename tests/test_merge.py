@@ -79,7 +79,7 @@ def test_bad_arrays_are_named() -> None:
         merge_attention_states(out, lse, b[0][:1], b[1])
     with pytest.raises(errors.InvalidArgument, match="out has shape"):
         merge_attention_states(out, lse, *b, out=out[0])
-    with pytest.raises(errors.InvalidArgument, match="out_a has shape .* packed"):
+    with pytest.raises(errors.InvalidArgument, match=r"out_a has shape .* packed"):
         merge_attention_states(out[0, 0], lse, *b)
     with pytest.raises(errors.UnsupportedDtype, match="lse_b has dtype float64"):
         merge_attention_states(out, lse, b[0], b[1].astype(np.float64))

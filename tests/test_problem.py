@@ -294,9 +294,7 @@ def test_slopes_are_checked(shape: tuple[int, ...], strides: tuple[int, ...], dt
     q, k = (ArraySpec((2, 8, heads, 64), (8 * heads * 64, heads * 64, 64, 1), "bf16", 0) for heads in (4, 2))
     extras = ExtraSpecs(alibi_slopes=ArraySpec(shape, strides, dtype, device))
     with pytest.raises(errors.InvalidArgument, match=rf"alibi_slopes .*{words}"):
-        Problem.from_specs(
-            q, k, k, None, arch="sm_90a", mask=Full(), extras=ExtraSpecs(alibi_slopes=ArraySpec(shape, strides, dtype, device))
-        )
+        Problem.from_specs(q, k, k, None, arch="sm_90a", mask=Full(), extras=extras)
 
 
 def test_mask_values_that_are_packed() -> None:

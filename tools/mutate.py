@@ -273,7 +273,8 @@ def _run(cell: Cell, program: Program, case: Case, seed: int) -> str | None:
     q = (q.astype(np.float32) * case.sharpness).astype(dtype)
     few = case.persistent if cell.key.family == "fa3" else 0  # a CTA of the other family has one tile
     persistent = PersistentMode(True, few) if few else None
-    out_like = poisoned(np, (*q.shape[:3], q.shape[3] + 16), np.float32 if cell.key.float_out else dtype)[..., : q.shape[3]] if case.strided else None
+    out_dtype = np.float32 if cell.has_float_out else dtype
+    out_like = poisoned(np, (*q.shape[:3], q.shape[3] + 16), out_dtype)[..., : q.shape[3]] if case.strided else None
     try:
         options: dict[str, Any] = {"window_size": case.window} if cell.has_window else {}
         options |= {"sink_tokens": case.sinks} if cell.has_sink else {}

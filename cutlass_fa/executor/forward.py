@@ -31,7 +31,8 @@ SMALL_DEVICE = DeviceInfo("sm_90a", num_sms=2, l2_bytes=1 << 18, name="CPU execu
 
 @dataclass(frozen=True)
 class Forward:
-    """out: (batch, seqlen_q, num_heads_q, head_dim) in q's dtype, or float32 where the cell writes that. lse: float32 (batch, num_heads_q, seqlen_q)."""
+    """out: (batch, seqlen_q, num_heads_q, head_dim) in q's dtype, or float32 where the cell writes that. lse: float32 (batch, num_heads_q,
+    seqlen_q)."""
 
     out: np.ndarray
     lse: np.ndarray
