@@ -14,7 +14,7 @@ _MODULES = {"CuPy": "cupy", "PyTorch": "torch", "NumPy": "numpy"}  # functions o
 
 
 def merge_attention_states(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, *, out: Any = None) -> tuple[Any, Any]:
-    """(out, lse) over the union of two disjoint sets of keys, from the results over each (Dao 2023; Shah et al. 2024, of split keys).
+    """(out, lse) over the union of two disjoint sets of keys, from the results over each (online softmax: Milakov and Gimelshein 2018).
 
     out_a, out_b: (batch, seqlen_q, num_heads_q, head_dim), or packed (total_q, num_heads_q, head_dim): of one shape, float16, bfloat16 or
         float32, each its own; CuPy, PyTorch or NumPy arrays. flash_attn_func(..., out_dtype="float32") gives float32.
@@ -42,7 +42,7 @@ def merge_attention_states(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, *, ou
     for partial, weight, is_seen in ((out_a, weight_a, is_a), (out_b, weight_b, is_b)):
         values = _converted(partial, xp.float32)  # (..., rows, heads, head_dim)
         seen = xp.where(xp.swapaxes(is_seen, -1, -2)[..., None], values, xp.zeros_like(values))
-        parts.append(xp.swapaxes(weight / divisor, -1, -2)[..., None] * seen)
+        parts.append(seen * xp.swapaxes(weight / divisor, -1, -2)[..., None])
     merged = parts[0] + parts[1]
     if out is None:
         return merged, lse
