@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .api_varlen import flash_attn_varlen_backward, flash_attn_varlen_func
     from .dispatch import DISPATCH_TABLE, DispatchKey
     from .errors import FlashAttnError
+    from .merge import merge_attention_states
     from .requests import (
         Causal,
         CumulativeSeqlens,
@@ -64,6 +65,7 @@ __all__ = [
     "flash_attn_func",
     "flash_attn_varlen_backward",
     "flash_attn_varlen_func",
+    "merge_attention_states",
     "no_compile",
 ]
 
@@ -75,6 +77,7 @@ _MODULES = {
     "DISPATCH_TABLE": "dispatch",
     "DispatchKey": "dispatch",
     "FlashAttnError": "errors",
+    "merge_attention_states": "merge",
     "no_compile": "settings",
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import kernels
-from .arrays import ArrayLibrary, check_one_library, library_of, not_on_gpu
+from .arrays import ArrayLibrary, check_one_library, dtype_name, library_of, not_on_gpu
 from .device import check_current_device, device_info
 from .dropout import dropout_mask
 from .errors import InvalidArgument
@@ -13,7 +13,7 @@ from .extras import EXTRA_NAMES, ExtraSpecs
 from .launch import ForwardPlan
 from .launches import forward_plan
 from .problem import Problem, check_pointers
-from .requests import MaskKind, PersistentMode, Window
+from .requests import MaskKind, PersistentMode, Window, check_offsets
 
 BACKENDS = ("cuda", "reference")
 
@@ -32,7 +32,10 @@ def flash_attn_func(
     dropout_p: float = 0.0,
     dropout_seed: int = 0,
     dropout_offset: int = 0,
+    q_offset: int | None = None,
+    k_offset: int | None = None,
     out: Any = None,
+    out_dtype: Any = None,
     return_lse: bool = False,
     persistent: PersistentMode | None = None,
     family: str | None = None,
@@ -45,7 +48,7 @@ def flash_attn_func(
     k, v: (batch, seqlen_k, num_heads_kv, head_dim), same dtype; num_heads_q a multiple of num_heads_kv (GQA, MQA).
     head_dim: a multiple of 8 up to 256.
     softmax_scale: default 1 / sqrt(head_dim).
-    causal: key j is visible to query i when j <= i + seqlen_k - seqlen_q (bottom-right aligned).
+    causal: key j is visible to query i when j <= i + seqlen_k - seqlen_q (bottom-right aligned), or as the offsets say.
     window_size: (left, right) keys around the query's position, -1 unbounded.
     sink_tokens: the first keys that stay visible under a window (StreamingLLM: Xiao et al. 2023).
     alibi_slopes: float32 (num_heads_q,) or (batch, num_heads_q); bias -slope * |position - j|.
@@ -53,7 +56,13 @@ def flash_attn_func(
     dropout_p: the share of probabilities set to 0, in [0, 1); the others are multiplied by 1 / (1 - dropout_p). lse does not change.
     dropout_seed, dropout_offset: in [0, 2^64). Which probabilities are dropped is a function of the two and of batch, head, row and column
         alone (cutlass_fa.dropout.dropout_mask has it), so a backward repeats it; advance the offset, or change the seed, for each call.
-    out: where to write the result, shape and dtype of q; default: a fresh contiguous array.
+    q_offset, k_offset: whole numbers >= 0, the positions of the first query and of the first key in the sequences that the arrays are parts
+        of; masks, sink tokens and ALiBi follow them: query i stands at i + q_offset, key j at j + k_offset. Given one, the other is 0;
+        given neither, the last query stands at the last key. Rows and columns of dropout are the arrays' own: give each part of the keys
+        another dropout_offset. They are the same for all sequences of the batch.
+    out: where to write the result, shape and dtype of q (float32 where out_dtype says so); default: a fresh contiguous array.
+    out_dtype: "float32" (or the library's float32) for results that are merged with others (merge_attention_states): they are rounded once,
+        in the end. Default: q's dtype.
     return_lse: also return log-sum-exp, float32 (batch, num_heads_q, seqlen_q), natural logarithm.
     persistent: Persistent(num_sms): that many CTAs walk all tiles and leave the other multiprocessors free; Persistent() (default): one
         CTA per multiprocessor; Grid(): one CTA per tile. Of family fa3 only.
@@ -66,7 +75,10 @@ def flash_attn_func(
     Raises InvalidArgument, UnsupportedDtype, UnsupportedHeadDim, InvalidGqaRatio, EmptyBatch, ZeroSeqlen, SeqlenOverflow, SinkWithoutMask
     for bad input, UnsupportedCell for a combination without a kernel, MockMode where there is no GPU, CompileError, CompileDisabled.
     """
-    options = (softmax_scale, causal, tuple(window_size), sink_tokens, persistent, softcap, dropout_p, family, None, None)
+    if q_offset is not None or k_offset is not None:
+        check_offsets(q_offset, k_offset)  # before they are hashed
+    masks = (causal, tuple(window_size), sink_tokens, q_offset, k_offset)
+    options = (softmax_scale, *masks, persistent, softcap, dropout_p, is_float32(out_dtype), family, None, None)
     extras = (alibi_slopes, None, None, None, None)
     return forward(q, k, v, out, return_lse, options, extras, (dropout_seed, dropout_offset), backend)
 
@@ -83,7 +95,7 @@ def forward(
     backend: str,
 ) -> Any:
     """A forward call, whatever its arrays look like. options: in the order of _OPTION_NAMES; extras: in that of EXTRA_NAMES."""
-    dropout_p = options[6]
+    dropout_p, float_out = options[8:10]
     if dropout_p:
         check_random_state(random_state)
     if backend == "reference":
@@ -95,7 +107,7 @@ def forward(
     problem = plan.problem
     device = problem.q.device
     if out is None:
-        out = library.empty(problem.out_shape, problem.out.dtype, device)
+        out = library.empty(problem.out_shape, "f32" if float_out else problem.out.dtype, device)
     pointers = library.pointers((q, k, v, out))
     check_pointers(pointers)
     lse, lse_pointer = None, 0
@@ -113,9 +125,10 @@ def forward(
 
 # The arguments of a call that are neither arrays nor new at every call, in the order of _OPTION_NAMES. A plain tuple, because it is made
 # and hashed on every call.
-_Options = tuple[float | None, bool, tuple[int, ...], int, PersistentMode | None, float, float, str | None, int | None, int | None]
+_Options = tuple[Any, ...]
+MASK_NAMES = ("causal", "window_size", "sink_tokens", "q_offset", "k_offset")
 _OPTION_NAMES = (
-    *("softmax_scale", "causal", "window_size", "sink_tokens", "persistent", "softcap", "dropout_p", "family"),
+    *("softmax_scale", *MASK_NAMES, "persistent", "softcap", "dropout_p", "float_out", "family"),
     *("max_seqlen_q", "max_seqlen_k"),
 )
 
@@ -171,6 +184,13 @@ def mask_of(window_size: tuple[int, ...], causal: bool) -> MaskKind:
     return Window(*window_size, causal=causal)
 
 
+def is_float32(out_dtype: Any) -> bool:
+    """Whether out_dtype is a library's float32 or its name. Raises InvalidArgument where it is neither that nor None."""
+    if out_dtype is not None and dtype_name(out_dtype) != "float32":
+        raise InvalidArgument(f"out_dtype={out_dtype}: accepted are 'float32', the array library's float32, and None for q's dtype")
+    return out_dtype is not None
+
+
 def _problem(library: ArrayLibrary, arrays: tuple[Any, ...], options: _Options, extras: tuple[Any, ...], arch: str) -> Problem:
     named: dict[str, Any] = dict(zip(_OPTION_NAMES, options, strict=True))
     mask = mask_of(named.pop("window_size"), named.pop("causal"))
@@ -197,13 +217,14 @@ def reference_library(q: Any) -> ArrayLibrary:
 def _reference(
     q: Any, k: Any, v: Any, out: Any, return_lse: bool, options: _Options, extras: tuple[Any, ...], random_state: tuple[int, int]
 ) -> Any:
-    """The same call on NumPy arrays, in float64, rounded to q's dtype (lse to float32)."""
+    """The same call on NumPy arrays, in float64, rounded to out's dtype (lse to float32)."""
     from .reference import attention_forward
 
     library = reference_library(q)
     _check_one_library((q, k, v) if out is None else (q, k, v, out), extras)
     request = _problem(library, (q, k, v, out), options, extras, "sm_90a").request  # refuses what the kernels refuse
     named: dict[str, Any] = dict(zip(_OPTION_NAMES, options, strict=True)) | dict(zip(EXTRA_NAMES, extras, strict=True))
+    dtype = "float32" if named.pop("float_out") else q.dtype
     for name in ("persistent", "family", "max_seqlen_q", "max_seqlen_k"):
         del named[name]
     if request.dropout_p > 0:
@@ -211,7 +232,7 @@ def _reference(
         named["dropout_mask"] = dropout_mask(*random_state, request.dropout_p, *sizes)
     result, lse = attention_forward(q, k, v, **named)
     if out is None:
-        out = result.astype(q.dtype)
+        out = result.astype(dtype)
     else:
-        out[...] = result.astype(q.dtype)
+        out[...] = result.astype(dtype)
     return (out, lse.astype("float32")) if return_lse else out

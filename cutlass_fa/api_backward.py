@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from . import kernels
-from .api import BACKENDS, check_random_state, extra_signatures, forward, mask_of, reference_library
+from .api import BACKENDS, MASK_NAMES, check_random_state, extra_signatures, forward, mask_of, reference_library
 from .arrays import ArrayLibrary, check_one_library, library_of, not_on_gpu
 from .device import check_current_device, device_info
 from .errors import InvalidArgument
@@ -14,10 +14,11 @@ from .extras import EXTRA_NAMES, ExtraSpecs
 from .launches.fa2_bwd import Fa2BwdPlan
 from .problem import ALIGNMENT_BYTES
 from .problem_backward import BackwardProblem
+from .requests import check_offsets
 
-_Options = tuple[float | None, bool, tuple[int, ...], int, float, float, bool, bool, int | None, int | None]
+_Options = tuple[Any, ...]
 _OPTION_NAMES = (
-    *("softmax_scale", "causal", "window_size", "sink_tokens", "softcap", "dropout_p", "deterministic", "recompute"),
+    *("softmax_scale", *MASK_NAMES, "softcap", "dropout_p", "deterministic", "recompute"),
     *("max_seqlen_q", "max_seqlen_k"),
 )
 _NOT_THE_REFERENCES = ("deterministic", "recompute", "max_seqlen_q", "max_seqlen_k")
@@ -40,6 +41,8 @@ def flash_attn_backward(
     dropout_p: float = 0.0,
     dropout_seed: int = 0,
     dropout_offset: int = 0,
+    q_offset: int | None = None,
+    k_offset: int | None = None,
     deterministic: bool = False,
     dlse: Any = None,
     recompute: bool = False,
@@ -52,13 +55,16 @@ def flash_attn_backward(
 
     dout: like out, (batch, seqlen_q, num_heads_q, head_dim). q, k, v: as the forward had them; float16 or bfloat16, CuPy or PyTorch tensors
         on the GPU that need no gradient themselves. softmax_scale, causal, window_size, sink_tokens, alibi_slopes, softcap, dropout_p,
-        dropout_seed and dropout_offset: as the forward had them.
+        dropout_seed, dropout_offset, q_offset and k_offset: as the forward had them.
     out, lse: what the forward returned, lse float32 (batch, num_heads_q, seqlen_q); or recompute=True and neither: the call runs the
         forward again, and nothing but q, k, v and dout need be kept for it.
+        Where the keys are a part of all, out and lse are those of all keys (merge_attention_states; out converted to q's dtype), and dlse
+        is the gradient by that lse: dk and dv are then slices of the whole gradients, and the dq of all parts add up to the whole.
     deterministic: equal calls give equal bits of dq (dk and dv always have them), for the time and the float32 memory of copies of dq.
     dlse: float32 like lse, the gradient by lse; default: none.
     dq, dk, dv: where to write the gradients, like q, k and v, any strides that q may have; default: fresh contiguous arrays.
-    backend: "cuda", or "reference": NumPy arrays, computed in float64 on the CPU and rounded to q's dtype.
+    backend: "cuda", or "reference": NumPy arrays, computed in float64 on the CPU and rounded to q's dtype. It looks at q,
+        k, v, dout and dlse alone, and so takes the keys for all there are.
 
     Returns (dq, dk, dv). Queries that see no key and keys that no query sees get gradients of 0. The float32 workspace comes from the
     arrays' own library. Runs asynchronously on the caller's current stream and device; may be captured in a CUDA graph after a first call.
@@ -66,7 +72,10 @@ def flash_attn_backward(
     Fp8BackwardUnsupported for bad input, UnsupportedCell for a combination without a kernel, MockMode where there is no GPU,
     CompileError, CompileDisabled.
     """
-    options = (softmax_scale, causal, tuple(window_size), sink_tokens, softcap, dropout_p, deterministic, recompute, None, None)
+    if q_offset is not None or k_offset is not None:
+        check_offsets(q_offset, k_offset)  # before they are hashed
+    masks = (causal, tuple(window_size), sink_tokens, q_offset, k_offset)
+    options = (softmax_scale, *masks, softcap, dropout_p, deterministic, recompute, None, None)
     extras = (alibi_slopes, None, None, None, None)
     return backward((q, k, v, out, dout, lse, dlse, dq, dk, dv), options, extras, (dropout_seed, dropout_offset), backend)
 
@@ -77,7 +86,7 @@ def backward(
     """A backward call, whatever its arrays look like. arrays: in the order of _NAMES; options: in that of _OPTION_NAMES; extras: in that of
     EXTRA_NAMES."""
     q, k, v, out, dout, lse, dlse, *gradients = arrays
-    if options[5]:  # dropout_p
+    if options[7]:  # dropout_p
         check_random_state(random_state)
     if backend == "reference":
         return _reference(arrays, options, extras, random_state)
@@ -87,8 +96,9 @@ def backward(
     plan = _plan(library, arrays, options, extras)
     problem, device = plan.problem, plan.problem.q.device
     if problem.request.recompute:
-        softmax_scale, causal, window_size, sink_tokens, softcap, dropout_p, _, _, longest_q, longest_k = options
-        again = (softmax_scale, causal, window_size, sink_tokens, None, softcap, dropout_p, None, longest_q, longest_k)
+        named = dict(zip(_OPTION_NAMES, options, strict=True))
+        masks = (named[name] for name in MASK_NAMES)
+        again = (named["softmax_scale"], *masks, None, named["softcap"], named["dropout_p"], False, None, *options[-2:])
         out, lse = forward(q, k, v, None, True, again, extras, random_state, backend)
     dq, dk, dv = (
         library.empty(problem.shape_of(spec), spec.dtype, device) if given is None else given

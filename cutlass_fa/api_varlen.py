@@ -5,11 +5,11 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
-from .api import forward
+from .api import forward, is_float32
 from .api_backward import backward
 from .arrays import library_of
 from .errors import InvalidArgument, SeqlenOverflow
-from .requests import MAX_SEQLEN, PersistentMode
+from .requests import MAX_SEQLEN, PersistentMode, check_offsets
 
 
 def flash_attn_varlen_func(
@@ -32,6 +32,9 @@ def flash_attn_varlen_func(
     dropout_p: float = 0.0,
     dropout_seed: int = 0,
     dropout_offset: int = 0,
+    q_offset: int | None = None,
+    k_offset: int | None = None,
+    out_dtype: Any = None,
     out: Any = None,
     return_lse: bool = False,
     persistent: PersistentMode | None = None,
@@ -42,7 +45,7 @@ def flash_attn_varlen_func(
     """flash_attn_func on sequences of different lengths, one after the other in arrays without a batch dimension.
 
     q: (total_q, num_heads_q, head_dim); k, v: (total_k, num_heads_kv, head_dim); dtypes, strides and all other arguments as flash_attn_func
-        has them, alibi_slopes also (batch, num_heads_q).
+        has them, alibi_slopes also (batch, num_heads_q); q_offset and k_offset are those of every sequence.
     cu_seqlens_q, cu_seqlens_k: int32 (batch + 1,), on the GPU: sequence b owns rows cu_seqlens[b] to cu_seqlens[b + 1]. The first number is
         0. Sequences may be empty, in q, in k, or in both.
     max_seqlen_q, max_seqlen_k: lengths that no sequence exceeds. None (the default): not known. A hint for choosing a kernel, no more: the
@@ -54,10 +57,10 @@ def flash_attn_varlen_func(
     Returns out like q, or (out, lse) with lse float32 (num_heads_q, total_q). Rows of q that are not in use, those after the last sequence
     included, get out 0 and lse -inf. Raises what flash_attn_func raises, and with check InvalidArgument and SeqlenOverflow for the numbers.
     """
-    options = (
-        *(softmax_scale, causal, tuple(window_size), sink_tokens, persistent, softcap, dropout_p, family),
-        *(max_seqlen_q, max_seqlen_k),
-    )
+    if q_offset is not None or k_offset is not None:
+        check_offsets(q_offset, k_offset)  # before they are hashed
+    masks = (causal, tuple(window_size), sink_tokens, q_offset, k_offset)
+    options = (softmax_scale, *masks, persistent, softcap, dropout_p, is_float32(out_dtype), family, max_seqlen_q, max_seqlen_k)
     check_given(cu_seqlens_q, cu_seqlens_k)
     if check:
         check_sequences("q", cu_seqlens_q, seqused_q, max_seqlen_q, q.shape[0])
@@ -89,6 +92,8 @@ def flash_attn_varlen_backward(
     dropout_p: float = 0.0,
     dropout_seed: int = 0,
     dropout_offset: int = 0,
+    q_offset: int | None = None,
+    k_offset: int | None = None,
     deterministic: bool = False,
     dlse: Any = None,
     recompute: bool = False,
@@ -106,10 +111,10 @@ def flash_attn_varlen_backward(
     Returns (dq, dk, dv); rows that are not in use get 0. Raises what flash_attn_backward raises, and with check InvalidArgument and
     SeqlenOverflow for the numbers.
     """
-    options = (
-        *(softmax_scale, causal, tuple(window_size), sink_tokens, softcap, dropout_p, deterministic, recompute),
-        *(max_seqlen_q, max_seqlen_k),
-    )
+    if q_offset is not None or k_offset is not None:
+        check_offsets(q_offset, k_offset)  # before they are hashed
+    masks = (causal, tuple(window_size), sink_tokens, q_offset, k_offset)
+    options = (softmax_scale, *masks, softcap, dropout_p, deterministic, recompute, max_seqlen_q, max_seqlen_k)
     check_given(cu_seqlens_q, cu_seqlens_k)
     if check:
         check_sequences("q", cu_seqlens_q, seqused_q, max_seqlen_q, q.shape[0])

@@ -174,6 +174,11 @@ def library_of(array_type: type) -> ArrayLibrary:
     )
 
 
+def dtype_name(dtype: Any) -> str:
+    """The name of an element type: of NumPy's (a class or a dtype), CuPy's, ml_dtypes' and PyTorch's, and of a name itself."""
+    return dtype if isinstance(dtype, str) else getattr(dtype, "name", getattr(dtype, "__name__", str(dtype))).removeprefix("torch.")
+
+
 def check_one_library(names: Sequence[str], arrays: Sequence[Any]) -> None:
     """Raises InvalidArgument, naming the argument, where an array is of another library than the first."""
     library = library_of(type(arrays[0]))

@@ -129,6 +129,25 @@ class Cell(ABC):
         return self.key.alibi
 
     @property
+    def has_offset(self) -> bool:
+        return self.key.offset
+
+    @property
+    def shift_words(self) -> str:
+        """How far position 0 of the queries is from that of the keys, as comments call it."""
+        return "position_shift" if self.has_offset else "seqlen_k - seqlen_q"
+
+    @property
+    def position_shift(self) -> str:
+        """What a query's index is added to, which gives its position among the keys' indices."""
+        return "params.position_shift" if self.has_offset else "params.seqlen_k - params.seqlen_q"
+
+    @property
+    def minus_position_shift(self) -> str:
+        """What follows a position, which gives the query's index."""
+        return "- params.position_shift" if self.has_offset else "- params.seqlen_k + params.seqlen_q"
+
+    @property
     def has_whole_range(self) -> bool:
         """Whether a tile's key blocks are all those from the first on."""
         return not self.has_window
@@ -145,6 +164,10 @@ class Cell(ABC):
     @property
     def has_dropout(self) -> bool:
         return self.key.dropout
+
+    @property
+    def has_float_out(self) -> bool:
+        return self.key.float_out
 
     # ---- Params ------------------------------------------------------------------------------------------------------------------
 

@@ -32,8 +32,10 @@ FLAG_WORDS = (
     ("alibi", "alibi"),
     ("sink", "sink"),
     ("paged", "paged"),
+    ("offset", "offsets"),
     ("softcap", "softcap"),
     ("dropout", "dropout"),
+    ("float_out", "f32out"),
     ("deterministic", "deterministic"),
     ("split", "split"),
 )
@@ -49,8 +51,9 @@ class DispatchKey:
     arch: NVRTC's name of the target, e.g. "sm_90a"; any from sm_80 on.
     dtype: element type of q and k: "f16", "bf16", "e4m3" or "e5m2".
     head_dim: the cell's head_dim, one of 64, 80, 96, 128, 192, 256 (`cell_head_dim` rounds up).
-    causal, varlen, sliding_window, alibi, sink, paged, softcap, dropout, deterministic, split: presence flags. The last two are the
-        backward's: dq is summed in a fixed order; dk and dv are sums of parts that several CTAs make.
+    causal, varlen, sliding_window, alibi, sink, paged, offset, softcap, dropout, float_out, deterministic, split: presence flags. offset:
+        the call says where its first query and key stand. float_out: out is written in float32. The last two are the backward's: dq is
+        summed in a fixed order; dk and dv are sums of parts that several CTAs make.
     gqa_ratio: query heads packed into a tile's rows; 1 where heads are not packed (the ratio is then a runtime number).
     v_dtype: element type of v; "" (the default) means that of q and k.
     """
@@ -66,8 +69,10 @@ class DispatchKey:
     alibi: bool = False
     sink: bool = False
     paged: bool = False
+    offset: bool = False
     softcap: bool = False
     dropout: bool = False
+    float_out: bool = False
     deterministic: bool = False
     split: bool = False
     gqa_ratio: int = 1
@@ -186,9 +191,9 @@ class DispatchTable:
 
 # What has a template: (family, direction) -> the presence flags that it knows.
 BUILT_FLAGS: dict[tuple[str, str], tuple[str, ...]] = {
-    ("fa2", "fwd"): ("causal", "varlen", "sliding_window", "alibi", "sink", "softcap", "dropout"),
-    ("fa3", "fwd"): ("causal", "varlen", "sliding_window", "alibi", "sink", "softcap"),
-    ("fa2", "bwd"): ("causal", "varlen", "sliding_window", "alibi", "sink", "softcap", "dropout", "deterministic", "split"),
+    ("fa2", "fwd"): ("causal", "varlen", "sliding_window", "alibi", "sink", "offset", "softcap", "dropout", "float_out"),
+    ("fa3", "fwd"): ("causal", "varlen", "sliding_window", "alibi", "sink", "offset", "softcap", "float_out"),
+    ("fa2", "bwd"): ("causal", "varlen", "sliding_window", "alibi", "sink", "offset", "softcap", "dropout", "deterministic", "split"),
     ("fa2", "bwd_preprocess"): ("varlen",),
     ("fa2", "bwd_convert"): ("varlen", "split"),
     ("fa2", "varlen_tiles"): (),
@@ -213,6 +218,11 @@ def _semantic_reasons(key: DispatchKey) -> list[str]:
         (not fp8 and key.v_dtype != key.dtype, f"q/k {key.dtype} with v {key.v_dtype}: 16-bit types must agree"),
         (key.sink and not key.sliding_window, "sink tokens need a sliding window: without one every query sees the first keys anyway"),
         (key.paged and backward, "a paged cache has no backward"),
+        (
+            key.offset and not (key.causal or key.sliding_window or key.alibi),
+            "offsets move a causal mask, a window or ALiBi; without one of them no score depends on positions",
+        ),
+        (key.float_out and backward, "gradients are written in the element type; float32 is the forward's out"),
         (key.deterministic and not backward, "deterministic is a choice of the backward; every forward is"),
         (
             key.direction == "varlen_tiles" and (key.dtype, key.head_dim) != VARLEN_TILES_OF,
@@ -280,6 +290,7 @@ DISPATCH_TABLE = DispatchTable(
         _fa3_fwd("bf16", 128, varlen=True),
         _fa3_fwd("bf16", 128, causal=True, varlen=True),
         _fa3_fwd("bf16", 64, causal=True, varlen=True, sliding_window=True, alibi=True, sink=True, gqa_ratio=4),
+        _fa3_fwd("bf16", 128, causal=True, alibi=True, offset=True, float_out=True),
         _fa2_fwd("sm_80", "bf16", 128),
         _fa2_fwd("sm_80", "bf16", 128, causal=True),
         _fa2_fwd("sm_80", "f16", 128, causal=True),
@@ -289,6 +300,7 @@ DISPATCH_TABLE = DispatchTable(
         _fa2_fwd("sm_80", "bf16", 128, alibi=True),
         _fa2_fwd("sm_80", "bf16", 64, sliding_window=True),
         _fa2_fwd("sm_80", "bf16", 64, sliding_window=True, sink=True),
+        _fa2_fwd("sm_80", "bf16", 64, sliding_window=True, sink=True, offset=True, float_out=True),
         _fa2_fwd("sm_80", "bf16", 64, causal=True),
         _fa2_fwd("sm_80", "bf16", 64, varlen=True, sliding_window=True, alibi=True, sink=True, dropout=True),
         _fa2_fwd("sm_90a", "bf16", 128, causal=True, varlen=True),
@@ -308,6 +320,7 @@ DISPATCH_TABLE = DispatchTable(
         _fa2_bwd("sm_90a", "bf16", 128, causal=True, varlen=True),
         _fa2_bwd("sm_90a", "f16", 64, causal=True, varlen=True, sliding_window=True, alibi=True, sink=True, dropout=True, split=True),
         _fa2_bwd("sm_90a", "bf16", 64, causal=True, varlen=True, deterministic=True),
+        _fa2_bwd("sm_80", "bf16", 64, causal=True, offset=True),
         _fa2_bwd("sm_86", "bf16", 256),
         _fa2_bwd("sm_89", "bf16", 64, causal=True),
         _fa2_bwd("sm_90a", "bf16", 128, causal=True),

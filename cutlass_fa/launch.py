@@ -87,12 +87,16 @@ def softmax_scales(request: AttentionRequest) -> dict[str, float]:
 
 
 def window_values(request: AttentionRequest) -> dict[str, int]:
-    """Sink tokens and a window's bounds: unbounded is a distance that no key exceeds, and none is larger, so that positions stay 32-bit."""
+    """Where queries stand among the keys, sink tokens among the keys, and a window's bounds: unbounded is a distance that no key exceeds,
+    and none is larger, so that positions stay 32-bit."""
     left, right = request.mask.window
+    farthest_left = max(request.rows_q + request.position_shift, 0)  # of the last query's position to the first key
+    farthest_right = max(request.rows_k - request.position_shift, 0)
     return {
-        "window_left": request.rows_k if left == -1 else min(left, request.rows_k),
-        "window_right": request.rows_q if right == -1 else min(right, request.rows_q),
-        "sink_tokens": min(request.sink_tokens, request.rows_k),
+        "window_left": farthest_left if left == -1 else min(left, farthest_left),
+        "window_right": farthest_right if right == -1 else min(right, farthest_right),
+        "sink_tokens": min(max(request.sink_tokens - (request.k_offset or 0), 0), request.rows_k),
+        "position_shift": request.position_shift,
     }
 
 

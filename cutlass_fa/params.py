@@ -42,10 +42,7 @@ class ParamField:
         return np.dtype(self.numpy_type).itemsize
 
 
-_OUTPUTS = (
-    ParamField("o", "void*", "(batch, seqlen_q, num_heads_q, head_dim) in the element type, last dimension contiguous"),
-    ParamField("lse", "float*", "(batch, num_heads_q, seqlen_q) natural logarithm, or null"),
-)
+_LSE = ParamField("lse", "float*", "(batch, num_heads_q, seqlen_q) natural logarithm, or null")
 _INPUTS = (
     ParamField("q", "void*", "(batch, seqlen_q, num_heads_q, head_dim), last dimension contiguous, as of k and v"),
     ParamField("k", "void*", "(batch, seqlen_k, num_heads_kv, head_dim)"),
@@ -89,6 +86,7 @@ _HEADS_PER_SECTION = ParamField("heads_per_section", "int", "(batch, head) pairs
 _WINDOW_LEFT = ParamField("window_left", "int", "keys before a query's position that it sees")
 _WINDOW_RIGHT = ParamField("window_right", "int", "keys after a query's position that it sees")
 _SINK_TOKENS = ParamField("sink_tokens", "int", "first keys, seen however far they lie before a window; at most seqlen_k")
+_POSITION_SHIFT = ParamField("position_shift", "int", "q_offset - k_offset: query i stands at the index i + position_shift of the keys")
 ALIBI_SLOPES = ParamField("alibi_slopes", "float*", "(num_heads_q,) or (batch, num_heads_q)")
 ALIBI_STRIDE = ParamField("alibi_stride_batch", "int64_t", "elements; 0 where all sequences share the slopes")
 _ALIBI_SCALE = ParamField("alibi_scale", "float", "log2(e) / softmax_scale_log2: a bias in units of the scores")
@@ -113,23 +111,28 @@ def scale_params(key: DispatchKey) -> tuple[ParamField, ...]:
     return _CAPPED_SCALE if key.softcap else (_SCALE,)
 
 
+def _outputs(key: DispatchKey) -> tuple[ParamField, ...]:
+    element = "float" if key.float_out else "the element type"
+    return ParamField("o", "void*", f"(batch, seqlen_q, num_heads_q, head_dim) in {element}, last dimension contiguous"), _LSE
+
+
 def mask_params(key: DispatchKey) -> tuple[ParamField, ...]:
-    """The narrow fields of a sliding window and of ALiBi; causality bounds a window's right side by itself."""
+    """The narrow fields of a sliding window, of offsets and of ALiBi; causality bounds a window's right side by itself."""
     window = (_WINDOW_LEFT,) + (_WINDOW_RIGHT,) * (not key.causal) + (_SINK_TOKENS,) * key.sink
-    return window * key.sliding_window + (_ALIBI_SCALE,) * key.alibi
+    return window * key.sliding_window + (_POSITION_SHIFT,) * key.offset + (_ALIBI_SCALE,) * key.alibi
 
 
 def fa3_fwd_params(key: DispatchKey, dynamic_scheduler: bool) -> tuple[ParamField, ...]:
     """The fields of an fa3 forward cell, widest first so that no compiler pads between them."""
     heads = _NUM_HEADS_KV if key.gqa_ratio > 1 else _HEADS_PER_KV_HEAD
-    pointers = (*_OUTPUTS, *(_TILE_COUNTER,) * dynamic_scheduler, *_extra_addresses(key))
+    pointers = (*_outputs(key), *(_TILE_COUNTER,) * dynamic_scheduler, *_extra_addresses(key))
     wide = (*pointers, *strides("o")) + (ALIBI_STRIDE,) * key.alibi
     return (*wide, *(_PACKED_SIZES if key.varlen else _FORWARD_SIZES), *scale_params(key), heads, *_forward_features(key))
 
 
 def fa2_fwd_params(key: DispatchKey) -> tuple[ParamField, ...]:
     """The fields of an fa2 forward cell: what a run writes, then the other wide ones, then the narrow ones."""
-    pointers = (*_INPUTS, *_OUTPUTS, *_extra_addresses(key)) + DROPOUT_STATE * key.dropout
+    pointers = (*_INPUTS, *_outputs(key), *_extra_addresses(key)) + DROPOUT_STATE * key.dropout
     wide = (*pointers, *strides("q"), *strides("k"), *strides("v"), *strides("o")) + (ALIBI_STRIDE,) * key.alibi
     sizes = _PACKED_SIZES if key.varlen else tuple(field for field in _FORWARD_SIZES if field.name != "num_tiles")
     return (*wide, *sizes, *scale_params(key), _HEADS_PER_KV_HEAD) + _forward_features(key) + DROPOUT_RATE * key.dropout

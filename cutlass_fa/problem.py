@@ -14,13 +14,14 @@ from .extras import NO_EXTRAS, ExtraSpecs, check_device
 from .requests import DTYPES_16BIT, CumulativeSeqlens, FwdRequest, MaskKind, PersistentMode, PositionBias, forward_request
 
 ALIGNMENT_BYTES = 16  # of every address and stride: the granularity of TMA and of the kernels' stores
-_ELEMENT_BYTES = 2
+_ELEMENT_BYTES = {"float32": 4}  # of all others 2
 
 
 @dataclass(frozen=True)
 class Problem:
-    """q (batch, seqlen_q, num_heads_q, head_dim), k and v (batch, seqlen_k, num_heads_kv, head_dim), out like q; strides in elements.
-    Of packed sequences all of them stand as one of total_q and total_k rows, in a batch of 1 (the request's batch counts the sequences)."""
+    """q (batch, seqlen_q, num_heads_q, head_dim), k and v (batch, seqlen_k, num_heads_kv, head_dim), out like q, or in float32; strides in
+    elements. Of packed sequences all of them stand as one of total_q and total_k rows, in a batch of 1 (the request's batch counts the
+    sequences)."""
 
     request: FwdRequest
     q: ArraySpec
@@ -55,6 +56,9 @@ class Problem:
         softmax_scale: float | None = None,
         softcap: float = 0.0,
         dropout_p: float = 0.0,
+        q_offset: int | None = None,
+        k_offset: int | None = None,
+        float_out: bool = False,
         persistent: PersistentMode | None = None,
         family: str | None = None,
         max_seqlen_q: int | None = None,
@@ -91,11 +95,17 @@ class Problem:
             softmax_scale=softmax_scale,
             softcap=softcap,
             dropout_p=dropout_p,
+            q_offset=q_offset,
+            k_offset=k_offset,
+            float_out=float_out,
             arch=arch,
         )
+        like = replace(q, dtype="float32") if float_out else q
         if out is None:
-            out = fresh_like(q)
-        check_out(out, q)
+            out = fresh_like(like)
+        if float_out and out.dtype != like.dtype:
+            raise InvalidArgument(f"out has dtype {out.dtype}: expected float32, as out_dtype says")
+        check_out(out, like)
         for name, spec in (("q", q), ("k", k), ("v", v), ("out", out)):
             check_strides(name, spec)
             check_device(name, spec, q)
@@ -176,7 +186,7 @@ def check_strides(name: str, spec: ArraySpec) -> None:
     """Raises InvalidArgument unless the last dimension is contiguous and the others step by multiples of 16 bytes."""
     if spec.strides[3] != 1:
         raise InvalidArgument(f"{name} has strides {spec.strides} (elements): the last dimension must be contiguous (stride 1)")
-    step = ALIGNMENT_BYTES // _ELEMENT_BYTES
+    step = ALIGNMENT_BYTES // _ELEMENT_BYTES.get(spec.dtype, 2)
     for axis, (stride, extent) in enumerate(zip(spec.strides[:3], spec.shape[:3], strict=True)):
         if extent > 1 and (stride < 0 or stride % step):
             raise InvalidArgument(

@@ -6,6 +6,7 @@ Requests and Problem are the only places that raise on user input.
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeAlias
 
@@ -37,7 +38,7 @@ DTYPES_16BIT = ("f16", "bf16")
 
 @dataclass(frozen=True)
 class MaskKind:
-    """Which keys a query may see. Query i stands at position i + seqlen_k - seqlen_q.
+    """Which keys a query may see. Query i stands at position i + seqlen_k - seqlen_q, or where the request's offsets say.
 
     causal: key j allowed when j <= position. window (left, right): position - left <= j <= position + right; -1 is unbounded.
     Use Full, Causal, SlidingCausal, SlidingFull or Window.
@@ -150,7 +151,9 @@ class AttentionRequest:
     cu_seqlens, q (total_q, num_heads_q, head_dim); k, v (total_k, num_heads_kv, head_dim) and at most seqlen_q and seqlen_k of a sequence.
 
     dtype: "f16" or "bf16". softmax_scale: default 1 / sqrt(head_dim). softcap: scores become softcap * tanh(score / softcap); 0 (the
-    default): as they are. dropout_p: the share of probabilities set to 0, in [0, 1). arch: NVRTC's name of the target GPU.
+    default): as they are. dropout_p: the share of probabilities set to 0, in [0, 1). q_offset, k_offset: positions of the first query and
+    of the first key, for mask and bias; given one, the other is 0; given neither, the last query stands at the last key. arch: NVRTC's
+    name of the target GPU.
     Raises EmptyBatch, ZeroSeqlen, SeqlenOverflow, InvalidGqaRatio, UnsupportedHeadDim, UnsupportedDtype, SinkWithoutMask, InvalidArgument.
     """
 
@@ -167,11 +170,19 @@ class AttentionRequest:
     softmax_scale: float | None = None
     softcap: float = 0.0
     dropout_p: float = 0.0
+    q_offset: int | None = None
+    k_offset: int | None = None
     arch: str = "sm_90a"
     cu_seqlens: CumulativeSeqlens | None = None
 
     def __post_init__(self) -> None:
         self._check_sizes()
+        check_offsets(self.q_offset, self.k_offset)
+        for name, offset, seqlen in (("q", self.q_offset, self.seqlen_q), ("k", self.k_offset, self.seqlen_k)):
+            if (offset or 0) + seqlen > MAX_SEQLEN:
+                raise SeqlenOverflow(
+                    f"{name}_offset={offset} and seqlen_{name}={seqlen}: positions are 31-bit; together at most {MAX_SEQLEN}"
+                )
         if self.dtype in FP8_DTYPES:
             raise Fp8MustUseFp8Request(f"dtype={self.dtype}: {type(self).__name__} takes f16 and bf16, not fp8; convert the arrays")
         if self.dtype not in DTYPES_16BIT:
@@ -217,6 +228,19 @@ class AttentionRequest:
         """softmax_scale with its default filled in."""
         return self.softmax_scale if self.softmax_scale is not None else 1.0 / math.sqrt(self.head_dim)
 
+    @property
+    def position_shift(self) -> int:
+        """Query i stands at the index i + position_shift of the keys."""
+        if self.q_offset is None and self.k_offset is None:
+            return self.rows_k - self.rows_q  # of packed sequences no one sequence's, but as far as positions can be apart
+        return (self.q_offset or 0) - (self.k_offset or 0)
+
+    @property
+    def _has_offset(self) -> bool:
+        """Whether offsets are given and something depends on positions."""
+        given = self.q_offset is not None or self.k_offset is not None
+        return given and (self.mask.causal or self.mask.is_sliding or self.position_bias.alibi)
+
     def _key(self, family: str, direction: str) -> DispatchKey:
         """The key of this request, heads not packed."""
         head_dim = cell_head_dim(self.head_dim)
@@ -232,13 +256,38 @@ class AttentionRequest:
             sliding_window=self.mask.is_sliding,
             alibi=self.position_bias.alibi,
             sink=self.sink_tokens > 0 and self.mask.is_sliding,  # a causal mask alone shows them anyway
+            offset=self._has_offset,
             softcap=self.softcap > 0,
             dropout=self.dropout_p > 0,
         )
 
 
+def check_offsets(q_offset: Any, k_offset: Any) -> None:
+    """Raises InvalidArgument, naming the argument, unless each is None or one whole number of at least 0."""
+    for name, offset in (("q_offset", q_offset), ("k_offset", k_offset)):
+        if offset is None:
+            continue
+        if not isinstance(offset, numbers.Integral):
+            raise InvalidArgument(
+                f"{name} is a {type(offset).__name__}: expected an int, which all sequences of the call share; offsets of each sequence "
+                "are not built yet, call once for each"
+            )
+        if offset < 0:
+            raise InvalidArgument(f"{name}={offset}: a position, at least 0")
+
+
 @dataclass(frozen=True, kw_only=True)
-class Fa3FwdRequest(AttentionRequest):
+class ForwardRequest(AttentionRequest):
+    """What every forward has beside: float_out, whether out is written in float32 rather than in q's dtype."""
+
+    float_out: bool = False
+
+    def _forward_key(self, family: str) -> DispatchKey:
+        return replace(self._key(family, "fwd"), float_out=self.float_out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fa3FwdRequest(ForwardRequest):
     """A 16-bit forward by the Hopper family (TMA + WGMMA). Raises Fa3RequiresHopper off sm_90a.
 
     persistent: how CTAs get their tiles; None: Persistent(), which measured faster than Grid() for every cell."""
@@ -252,7 +301,7 @@ class Fa3FwdRequest(AttentionRequest):
 
     def dispatch_key(self) -> DispatchKey:
         """The cell this request needs; whether it exists is DISPATCH_TABLE's to say."""
-        key = self._key("fa3", "fwd")
+        key = self._forward_key("fa3")
         tile_m = fa3_fwd_tile_of(key.head_dim, key.features).tile_m
         return replace(key, gqa_ratio=packed_gqa_ratio(self._usual_seqlen_q, self.num_heads_q // self.num_heads_kv, tile_m))
 
@@ -267,12 +316,12 @@ class Fa3FwdRequest(AttentionRequest):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fa2FwdRequest(AttentionRequest):
+class Fa2FwdRequest(ForwardRequest):
     """A 16-bit forward by the family of sm_80's instructions (mma.sync, ldmatrix, cp.async), which every GPU from sm_80 on runs."""
 
     def dispatch_key(self) -> DispatchKey:
         """The cell this request needs; whether it exists is DISPATCH_TABLE's to say."""
-        return self._key("fa2", "fwd")
+        return self._forward_key("fa2")
 
     def dispatch_keys(self) -> tuple[DispatchKey, ...]:
         """Every kernel of the call in the order of the launches."""
@@ -379,7 +428,7 @@ LEAST_BLOCKS_OF_A_SPLIT = 4  # blocks of queries: fewer do not pay for the loads
 
 
 def forward_request(family: str | None, persistent: PersistentMode | None, **arguments: Any) -> FwdRequest:
-    """The request of `family`, or of the one that serves the call (`family_of`). arguments: of AttentionRequest.
+    """The request of `family`, or of the one that serves the call (`family_of`). arguments: of ForwardRequest.
 
     Raises InvalidArgument for another family, or for persistent CTAs of the fa2 family, whose CTAs have one tile each.
     """

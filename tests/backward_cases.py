@@ -33,6 +33,7 @@ class Case:
     softmax_scale: float | None = None
     window: tuple[int, int] = (40, 3)  # of calls that have one; causal ones look at the left side only
     sinks: int = 5  # of calls that have them
+    offsets: tuple[int | None, int | None] = (90, 20)  # of the first query and the first key, of calls that have them
 
     def __str__(self) -> str:
         words = [f"{self.seqlens[0]}x{self.seqlens[1]}", f"b{self.batch}", f"h{self.groups}x{self.ratio}", self.order]
@@ -75,6 +76,7 @@ class Inputs:
         window: bool = False,
         sink: bool = False,
         alibi: bool = False,
+        offset: bool = False,
     ) -> Inputs:
         """Fresh numbers; out and lse are the reference's, out rounded to the dtype as a forward's is."""
         heads, seqlens, element = case.groups * case.ratio, case.seqlens, DTYPES[dtype]
@@ -96,6 +98,7 @@ class Inputs:
         options |= {"window_size": case.window} if window else {}
         options |= {"sink_tokens": case.sinks} if sink else {}
         options |= {"alibi_slopes": _slopes(xp, case.batch, heads)} if alibi else {}
+        options |= {"q_offset": case.offsets[0], "k_offset": case.offsets[1]} if offset else {}
         call = dict(options)
         if case.softmax_scale is not None:
             options["softmax_scale"] = call["softmax_scale"] = case.softmax_scale

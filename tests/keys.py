@@ -11,12 +11,15 @@ from tests.covering import covering
 
 @lru_cache(maxsize=1)
 def sampled_keys() -> tuple[DispatchKey, ...]:
-    """Those of each (family, direction), and every golden one. Sink tokens without a window, which no kernel has, get the window."""
+    """Those of each (family, direction), and every golden one. Sink tokens without a window, and offsets without a mask that
+    they move, which no kernel has, get the window and the mask."""
     keys = set(DISPATCH_TABLE)
     for (family, direction), flags in BUILT_FLAGS.items():
         factors: dict[str, Any] = {"arch": ARCHS if family == "fa2" else ("sm_90a",), "dtype": ("f16", "bf16"), "head_dim": CELL_HEAD_DIMS}
         for chosen in covering(factors | {flag: (False, True) for flag in flags}, 3):
             chosen["sliding_window"] = chosen.get("sliding_window", False) or chosen.get("sink", False)
+            if chosen.get("offset", False) and not (chosen["sliding_window"] or chosen["alibi"]):
+                chosen["causal"] = True
             keys.add(DispatchKey(family, direction, **chosen))
     assert not [key for key in keys if DISPATCH_TABLE.why_not(key)]
     return tuple(sorted(keys, key=str))

@@ -48,7 +48,7 @@ def test_names_parse_back_and_are_unique() -> None:
 def test_name_leaves_out_defaults() -> None:
     assert str(BASE) == "fa3_fwd_sm90a_bf16_hdim128"
     full = DispatchKey("fa3", "fwd", "sm_90a", "e4m3", 64, gqa_ratio=4, v_dtype="e5m2", **{field: True for field, _ in FLAG_WORDS})
-    words = "causal_varlen_window_alibi_sink_paged_softcap_dropout_deterministic_split"
+    words = "causal_varlen_window_alibi_sink_paged_offsets_softcap_dropout_f32out_deterministic_split"
     assert str(full) == f"fa3_fwd_sm90a_e4m3_ve5m2_hdim64_{words}_gqa4"
     assert str(DispatchKey("fa2", "bwd_preprocess", "sm_80", "bf16", 128)) == "fa2_bwd_preprocess_sm80_bf16_hdim128"
 
@@ -84,6 +84,8 @@ def test_key_refuses_unknown_words() -> None:
         ({"sink": True}, "sink tokens need"),
         ({"sink": True, "causal": True}, "sink tokens need"),
         ({"paged": True}, "paged"),
+        ({"offset": True, "softcap": True}, "no score depends on positions"),
+        ({"family": "fa2", "direction": "bwd", "float_out": True}, "gradients are written in the element type"),
         ({"gqa_ratio": 128}, "gqa_ratio 128"),
         ({"direction": "bwd", "dtype": "e4m3", "v_dtype": "e4m3"}, "no fp8 backward"),
         ({"direction": "bwd", "paged": True}, "no backward"),
@@ -109,9 +111,10 @@ def test_valid_keys_are_what_lookup_serves() -> None:
     valid = list(DISPATCH_TABLE.valid_keys())
     assert len(valid) == len(set(valid))
     combinations = 2 * len(CELL_HEAD_DIMS)  # dtypes x head_dims
+    masks = 12 + 11  # causal, alibi, and a window, which may have sink tokens: each with offsets too, but for none of them
     counts = Counter((key.family, key.direction) for key in valid)
-    assert counts["fa3", "fwd"] == combinations * 2**3 * 3  # causal, alibi, softcap; a window, which may have sink tokens
-    assert counts["fa2", "fwd"] == combinations * 2**4 * 3 * len(ARCHS)  # causal, alibi, softcap, dropout; the same
+    assert counts["fa3", "fwd"] == combinations * 2**2 * masks  # softcap, float_out
+    assert counts["fa2", "fwd"] == combinations * 2**3 * masks * len(ARCHS)  # softcap, dropout, float_out
     assert set(counts) == set(BUILT_FLAGS)
     assert all(DISPATCH_TABLE.lookup(key) is key for key in valid)
     assert {replace(key, gqa_ratio=1) for key in DISPATCH_TABLE} <= set(valid)

@@ -55,6 +55,7 @@ class Case:
     sharpness: int = 1  # q is so many times a standard normal: row maxima then move far from block to block
     window: tuple[int, int] = (40, 3)  # of cells that have one; causal ones look at the left side only
     sinks: int = 5  # of cells that have them
+    offsets: tuple[int | None, int | None] = (90, 20)  # of the first query and the first key, of cells that have them
 
     def __str__(self) -> str:
         words = [f"{self.seqlens[0]}x{self.seqlens[1]}", self.order]
@@ -80,21 +81,23 @@ class Case:
             q = (q.astype(np.float32) * self.sharpness).astype(q.dtype)
         return q, k, v
 
-    def out_like(self, q: np.ndarray) -> np.ndarray:
-        """The output's layout: the memory order of q, and a frame around each row where strided."""
+    def out_like(self, q: np.ndarray, dtype: Any = None) -> np.ndarray:
+        """The output's layout: the memory order of q, and a frame around each row where strided. dtype: default q's."""
+        dtype = dtype or q.dtype
         batch, seqlen, heads, head_dim = q.shape
         frame = 16 * self.strided
         if self.order == "bshd":
-            return poisoned(np, (batch, seqlen, heads, head_dim + frame), q.dtype)[..., :head_dim]
-        return poisoned(np, (batch, heads, seqlen, head_dim + frame), q.dtype)[..., :head_dim].swapaxes(1, 2)
+            return poisoned(np, (batch, seqlen, heads, head_dim + frame), dtype)[..., :head_dim]
+        return poisoned(np, (batch, heads, seqlen, head_dim + frame), dtype)[..., :head_dim].swapaxes(1, 2)
 
 
 CASES = (
-    Case((1, 1), window=(0, 0)),
+    Case((1, 1), window=(0, 0), offsets=(3, 3)),
     Case((77, 150), batch=2, order="bhsd"),
-    Case((200, 131), narrower=24, strided=True, window=(20, -1)),  # the first rows' windows end before the first key
-    Case((130, 70), groups=2, persistent=Persistent(1), window=(0, 50), sinks=69),
-    Case((260, 710), ratio=1, sharpness=8, window=(450, 130), sinks=150),  # more key blocks than the ring holds, in every cell
+    Case((200, 131), narrower=24, strided=True, window=(20, -1), offsets=(None, 70)),  # the first rows' windows end before the first key
+    Case((130, 70), groups=2, persistent=Persistent(1), window=(0, 50), sinks=69, offsets=(50, None)),
+    # More key blocks than the ring holds, in every cell.
+    Case((260, 710), ratio=1, sharpness=8, window=(450, 130), sinks=150, offsets=(500, 100)),
 )
 
 
@@ -103,7 +106,8 @@ def run(cell: Cell, program: Program, case: Case, seed: int) -> tuple[np.ndarray
     q, k, v = case.arrays(cell, seed=7)
     called, expected = features(cell, q, k, case)
     persistent = case.persistent if cell.key.family == "fa3" else None  # a CTA of the other family has one tile
-    result = run_forward(cell, q, k, v, seed=seed, program=program, persistent=persistent, out_like=case.out_like(q), **called)
+    like = case.out_like(q, np.float32 if cell.has_float_out else q.dtype)
+    result = run_forward(cell, q, k, v, seed=seed, program=program, persistent=persistent, out_like=like, **called)
     check_forward(result.out, result.lse, q, k, v, case=f"{cell.name} {case} seed {seed}", causal=cell.is_causal, **expected)
     return result.out, result.lse
 
@@ -125,6 +129,9 @@ def features(cell: Cell, q: np.ndarray, k: np.ndarray, case: Case) -> tuple[dict
         called["sink_tokens"] = expected["sink_tokens"] = case.sinks
     if cell.has_alibi:
         called["alibi_slopes"] = expected["alibi_slopes"] = alibi_slopes(q)
+    if cell.has_offset:
+        called |= {"q_offset": case.offsets[0], "k_offset": case.offsets[1]}
+        expected |= called
     if cell.has_softcap:
         called["softcap"] = expected["softcap"] = 5.0
     if cell.has_dropout:
@@ -142,7 +149,7 @@ def test_golden_cell(build: Build, key: DispatchKey, case: Case) -> None:
     first, first_lse = run(cell, build(key), case, SEEDS[0])
     for seed in SEEDS[1:]:
         out, lse = run(cell, build(key), case, seed)
-        assert (out.view(np.uint16) == first.view(np.uint16)).all() and (lse == first_lse).all(), f"seed {seed} differs from {SEEDS[0]}"
+        assert (out.view(np.uint8) == first.view(np.uint8)).all() and (lse == first_lse).all(), f"seed {seed} differs from {SEEDS[0]}"
 
 
 SMALLEST = DispatchKey.parse(mutate.DEFAULT_KEY)

@@ -35,23 +35,23 @@ def build() -> Build:
 
 
 CASES = (
-    Case((2, 3), batch=2, groups=2),
+    Case((2, 3), batch=2, groups=2, offsets=(1, 0)),
     Case((77, 150), batch=2, order="bhsd", has_dlse=True),
     Case((200, 131), narrower=24, strided=True, window=(20, -1)),  # more queries than keys: with a causal mask, rows without keys
     Case((131, 330), groups=2, ratio=1, softmax_scale=0.3, window=(60, 60), sinks=70),  # with a window, keys that no query sees
-    Case((70, 40), ratio=3),
+    Case((70, 40), ratio=3, offsets=(None, 30)),
 )
 
 
 def inputs_of(key: DispatchKey, case: Case, seed: int = 7) -> Inputs:
     flags: dict[str, Any] = {"softcap": SOFTCAP * key.softcap, "dropout_p": 0.17 * key.dropout}
-    flags |= {"window": key.sliding_window, "sink": key.sink, "alibi": key.alibi}
+    flags |= {"window": key.sliding_window, "sink": key.sink, "alibi": key.alibi, "offset": key.offset}
     return Inputs.of(case, np, np.random.default_rng(seed), dtype=key.dtype, head_dim=key.head_dim, causal=key.causal, **flags)
 
 
 def run(build: Build, key: DispatchKey, case: Case, inputs: Inputs, seed: int) -> Backward:
     """The gradients that the kernels wrote, held to the rule."""
-    passed = ("softcap", "dropout_p", "window_size", "sink_tokens", "alibi_slopes")
+    passed = ("softcap", "dropout_p", "window_size", "sink_tokens", "alibi_slopes", "q_offset", "k_offset")
     options: dict[str, Any] = {name: inputs.call[name] for name in passed if name in inputs.call}
     like = (inputs.q, inputs.k, inputs.v) if case.strided else (None, None, None)
     result = run_backward(
@@ -90,7 +90,7 @@ def test_golden_cell(build: Build, key: DispatchKey, case: Case) -> None:
 
 
 SMALL = DispatchKey.parse("fa2_bwd_sm90a_bf16_hdim64_causal")
-EVERYTHING = DispatchKey.parse("fa2_bwd_sm86_f16_hdim192_causal_window_alibi_sink_softcap_dropout_deterministic_split")
+EVERYTHING = DispatchKey.parse("fa2_bwd_sm86_f16_hdim192_causal_window_alibi_sink_offsets_softcap_dropout_deterministic_split")
 
 
 @pytest.mark.parametrize(("arch", "head_dim"), [("sm_80", 80), ("sm_86", 96), ("sm_86", 192), ("sm_90a", 80), ("sm_90a", 192)])

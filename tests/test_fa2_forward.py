@@ -123,9 +123,9 @@ def test_a_misfit_is_named() -> None:
             misfit.check_limits()
 
 
-@pytest.mark.parametrize("features", list(np.ndindex(2, 2, 2, 2, 2, 2)), ids=str)
+@pytest.mark.parametrize("features", list(np.ndindex((2,) * 7)), ids=str)
 def test_params_have_no_holes(features: tuple[int, ...]) -> None:
-    flags = dict(zip(("causal", "softcap", "dropout", "sliding_window", "sink", "alibi"), map(bool, features), strict=True))
+    flags = dict(zip(("causal", "softcap", "dropout", "sliding_window", "sink", "alibi", "offset"), map(bool, features), strict=True))
     fields = fa2_fwd_params(DispatchKey("fa2", "fwd", "sm_80", "bf16", 128, **flags))
     dtype = params_dtype(fields)
     offsets = [dtype.fields[field.name][1] for field in fields]

@@ -41,6 +41,8 @@ def test_executor_and_gpu_agree(key: DispatchKey, record_property: Callable[[str
     softcap = 5.0 if key.softcap else 0.0
     window, sink_tokens = (90, 20) if key.sliding_window else (-1, -1), 7 * key.sink
     masks = {"window_size": window, "sink_tokens": sink_tokens}
+    masks |= {"q_offset": 150, "k_offset": 3} if key.offset else {}
+    places = {name: value for name, value in masks.items() if name.endswith("_offset")}
     slopes = np.float32(2) ** -np.arange(heads["num_heads_q"], dtype=np.float32) if key.alibi else None
     request = forward_request(
         key.family,
@@ -55,8 +57,10 @@ def test_executor_and_gpu_agree(key: DispatchKey, record_property: Callable[[str
         position_bias=PositionBias(key.alibi),
         softcap=softcap,
         dropout_p=0.0,
+        float_out=key.float_out,
         arch=key.arch,
         **heads,
+        **places,
     )
     assert request.dispatch_key() == key
     q, k, v = random_qkv(
@@ -67,9 +71,10 @@ def test_executor_and_gpu_agree(key: DispatchKey, record_property: Callable[[str
     arrays = [cupy.asarray(x.view(np.uint16)).view(x.dtype) for x in (q, k, v)]
     options = {"causal": key.causal, "softcap": softcap, **masks}
     on_gpu = None if slopes is None else cupy.asarray(slopes)
-    out, lse = cutlass_fa.flash_attn_func(*arrays, family=key.family, return_lse=True, alibi_slopes=on_gpu, **options)
+    written = {"return_lse": True, "out_dtype": "float32" if key.float_out else None}
+    out, lse = cutlass_fa.flash_attn_func(*arrays, family=key.family, alibi_slopes=on_gpu, **written, **options)
     options["alibi_slopes"] = slopes
-    out, lse = out.view(np.uint16).get().view(q.dtype), lse.get()
+    out, lse = out.view(np.uint8).get().view(on_cpu.out.dtype), lse.get()
     check_forward(out, lse, q, k, v, case=f"{key} on the GPU", **options)
     check_forward(on_cpu.out, on_cpu.lse, q, k, v, case=f"{key} on the executor", **options)
     seen = np.isfinite(lse)

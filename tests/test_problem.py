@@ -39,6 +39,11 @@ REQUEST = Fa3FwdRequest(batch=2, seqlen_q=64, seqlen_k=128, num_heads_q=8, num_h
         ({"softmax_scale": 0.0}, errors.InvalidArgument, "softmax_scale"),
         ({"softmax_scale": -1.0}, errors.InvalidArgument, "softmax_scale"),
         ({"softmax_scale": float("nan")}, errors.InvalidArgument, "softmax_scale"),
+        ({"q_offset": -1}, errors.InvalidArgument, "q_offset=-1"),
+        ({"k_offset": 2.0}, errors.InvalidArgument, "k_offset is a float"),
+        ({"k_offset": np.zeros(2, np.int32)}, errors.InvalidArgument, "k_offset is a ndarray: .* offsets of each sequence"),
+        ({"k_offset": 2**31 - 1024 - 127}, errors.SeqlenOverflow, "k_offset=2147482497 and seqlen_k=128"),
+        ({"q_offset": 2**31}, errors.SeqlenOverflow, "q_offset=2147483648"),
     ],
 )
 def test_request_refuses(change: dict[str, object], error: type[Exception], words: str) -> None:
@@ -72,6 +77,11 @@ def test_request_key_says_presence_not_values() -> None:
     causal = replace(everything, mask=Causal(), position_bias=PositionBias())
     assert causal.dispatch_key() == replace(causal, sink_tokens=0).dispatch_key(), "a causal mask alone shows sink tokens anyway"
     assert everything.dispatch_key().gqa_ratio == 1
+    placed = replace(everything, q_offset=0, float_out=True)
+    assert str(placed.dispatch_key()) == "fa3_fwd_sm90a_f16_hdim80_causal_window_alibi_sink_offsets_f32out"
+    assert placed.dispatch_key() == replace(placed, q_offset=7, k_offset=9).dispatch_key()
+    assert placed.position_shift == 0 and replace(placed, q_offset=None).position_shift == 128 - 192
+    assert not replace(REQUEST, k_offset=5).dispatch_key().offset, "a full mask alone knows no positions"
     assert REQUEST.scale == pytest.approx(128**-0.5) and replace(REQUEST, softmax_scale=2.0).scale == 2.0
 
 
@@ -211,6 +221,39 @@ def test_reference_backend_computes_attention() -> None:
     np.testing.assert_array_equal(given, out)
 
 
+def test_float32_results() -> None:
+    q, k, v = numpy_qkv()
+    options = {"backend": "reference", "return_lse": True, "causal": True}
+    for out_dtype in ("float32", np.float32, np.dtype(np.float32)):
+        out, lse = cutlass_fa.flash_attn_func(q, k, v, out_dtype=out_dtype, **options)
+        assert out.dtype == np.float32 and lse.dtype == np.float32
+    rounded, _ = cutlass_fa.flash_attn_func(q, k, v, **options)
+    np.testing.assert_array_equal(out.astype(np.float16), rounded)
+    given = np.empty(q.shape, np.float32)
+    assert cutlass_fa.flash_attn_func(q, k, v, out_dtype="float32", out=given, **options)[0] is given
+    with pytest.raises(errors.InvalidArgument, match="out_dtype=float64: accepted are 'float32'"):
+        cutlass_fa.flash_attn_func(q, k, v, out_dtype="float64", **options)
+    with pytest.raises(errors.InvalidArgument, match="out has dtype f16: expected float32"):
+        cutlass_fa.flash_attn_func(q, k, v, out_dtype="float32", out=np.empty_like(q), **options)
+    with pytest.raises(errors.InvalidArgument, match="out has dtype float32: expected f16"):
+        cutlass_fa.flash_attn_func(q, k, v, out=given, **options)
+    odd = np.empty((1, 5, 2, 66), np.float32)[..., :64]
+    with pytest.raises(errors.InvalidArgument, match=r"out has strides .* multiple of 4 \(16 bytes\)"):
+        cutlass_fa.flash_attn_func(q, k, v, out_dtype="float32", out=odd, **options)
+
+
+@pytest.mark.parametrize("name", ["q_offset", "k_offset"])
+def test_offsets_of_the_public_functions(name: str) -> None:
+    q, k, v = numpy_qkv()
+    for backend in ("cuda", "reference"):
+        for function, arrays in ((cutlass_fa.flash_attn_func, (q, k, v)), (cutlass_fa.flash_attn_backward, (q, q, k, v, q))):
+            with pytest.raises(errors.InvalidArgument, match=f"{name} is a ndarray: expected an int"):
+                function(*arrays, causal=True, backend=backend, **{name: np.array([1], np.int32)})
+    whole = cutlass_fa.flash_attn_func(q, k, v, causal=True, backend="reference")
+    part = cutlass_fa.flash_attn_func(q[:, 2:], k, v, causal=True, q_offset=4, backend="reference")
+    np.testing.assert_array_equal(part, whole[:, 2:])
+
+
 @pytest.mark.parametrize("window_size", [(1,), (1, 2, 3)])
 def test_window_size_has_two_sides(window_size: tuple[int, ...]) -> None:
     with pytest.raises(errors.InvalidArgument, match="window_size="):
@@ -261,8 +304,12 @@ def test_mask_values_that_are_packed() -> None:
     problem = Problem.from_specs(
         spec, spec, spec, None, arch="sm_90a", mask=Window(3, -1), sink_tokens=99, extras=ExtraSpecs(alibi_slopes=slopes), softcap=5.0
     )
-    assert window_values(problem.request) == {"window_left": 3, "window_right": 8, "sink_tokens": 8}
+    assert window_values(problem.request) == {"window_left": 3, "window_right": 8, "sink_tokens": 8, "position_shift": 0}
     assert alibi_values(problem.request, problem.extras.alibi_slopes) == {"alibi_stride_batch": 6, "alibi_scale": pytest.approx(1 / 5.0)}
     assert alibi_values(problem.request, ArraySpec((4,), (1,), "float32", 0))["alibi_stride_batch"] == 0
     far = replace(problem.request, mask=Window(2**31 - 1, 2**31 - 1))
-    assert window_values(far) == {"window_left": 8, "window_right": 8, "sink_tokens": 8}
+    assert window_values(far) == {"window_left": 8, "window_right": 8, "sink_tokens": 8, "position_shift": 0}
+    ahead = replace(far, q_offset=100, k_offset=96)
+    assert window_values(ahead) == {"window_left": 12, "window_right": 4, "sink_tokens": 3, "position_shift": 4}
+    behind = replace(far, k_offset=2**31 - 1024 - 8)
+    assert window_values(behind) == {"window_left": 0, "window_right": 2**31 - 1024, "sink_tokens": 0, "position_shift": 8 + 1024 - 2**31}

@@ -66,8 +66,9 @@ def test_invalid_key_has_no_cell() -> None:
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("window", [False, True])
 @pytest.mark.parametrize("alibi", [False, True])
-def test_params_have_no_holes(alibi: bool, window: bool, causal: bool, packed: bool, dynamic_scheduler: bool) -> None:
-    flags = {"causal": causal, "sliding_window": window, "sink": window and causal, "alibi": alibi}
+@pytest.mark.parametrize("offset", [False, True])
+def test_params_have_no_holes(offset: bool, alibi: bool, window: bool, causal: bool, packed: bool, dynamic_scheduler: bool) -> None:
+    flags = {"causal": causal, "sliding_window": window, "sink": window and causal, "alibi": alibi, "offset": offset}
     key = DispatchKey("fa3", "fwd", "sm_90a", "bf16", 128, **flags, gqa_ratio=4 if packed else 1)
     fields = fa3_fwd_params(key, dynamic_scheduler)
     dtype = params_dtype(fields)

@@ -224,6 +224,7 @@ class Case:
     sharpness: int = 1  # q is so many times a standard normal: row maxima then move far from block to block
     window: tuple[int, int] = (90, 20)  # of cells that have one
     sinks: int = 5  # of cells that have them
+    offsets: tuple[int, int] = (120, 30)  # of cells that have them
 
 
 def cases(cell: Cell) -> tuple[Case, ...]:
@@ -272,10 +273,12 @@ def _run(cell: Cell, program: Program, case: Case, seed: int) -> str | None:
     q = (q.astype(np.float32) * case.sharpness).astype(dtype)
     few = case.persistent if cell.key.family == "fa3" else 0  # a CTA of the other family has one tile
     persistent = PersistentMode(True, few) if few else None
-    out_like = poisoned(np, (*q.shape[:3], q.shape[3] + 16), dtype)[..., : q.shape[3]] if case.strided else None
+    out_dtype = np.float32 if cell.has_float_out else dtype
+    out_like = poisoned(np, (*q.shape[:3], q.shape[3] + 16), out_dtype)[..., : q.shape[3]] if case.strided else None
     try:
         options: dict[str, Any] = {"window_size": case.window} if cell.has_window else {}
         options |= {"sink_tokens": case.sinks} if cell.has_sink else {}
+        options |= {"q_offset": case.offsets[0], "k_offset": case.offsets[1]} if cell.has_offset else {}
         options |= {"alibi_slopes": np.float32(2) ** -np.arange(q.shape[2], dtype=np.float32)} if cell.has_alibi else {}
         limits: dict[str, Any] = {"seed": seed, "time_limit_s": TIME_LIMIT_S}
         result = run_forward(cell, q, k, v, program=program, persistent=persistent, out_like=out_like, **limits, **options)

@@ -82,6 +82,7 @@ _HOPPER = _Table(
     ),
     cramped=(
         *_HOPPER_DROPOUT,
+        ("alibi sliding_window offset", {96: Fa2FwdTile(4, 32, 32, 2), 128: Fa2FwdTile(4, 32, 32, 2)}),
         ("alibi sliding_window", {128: Fa2FwdTile(4, 32, 32, 2)}),
         ("alibi", {128: Fa2FwdTile(4, 32, 48, 2)}),
         *_HOPPER_SOFTCAP,
@@ -94,6 +95,7 @@ _BLACKWELL = _Table(  # tiles that spill where Hopper's do not
         ("alibi sliding_window", {96: Fa2FwdTile(4, 32, 32, 2), 128: Fa2FwdTile(8, 16, 64, 1)}),
         ("alibi", {128: Fa2FwdTile(4, 32, 32, 2)}),
         ("sliding_window", {64: Fa2FwdTile(4, 32, 64, 2), 128: Fa2FwdTile(4, 32, 32, 2)}),
+        ("causal offset", {128: Fa2FwdTile(4, 32, 32, 2)}),
         *_HOPPER_SOFTCAP,
     ),
 )

@@ -188,6 +188,11 @@ class Fa2BwdCell(Cell):
         return self.is_varlen and not self.is_deterministic
 
     @property
+    def has_unseen_keys(self) -> bool:
+        """Whether no query at all may see a block of keys."""
+        return self.has_window or self.has_offset or self.is_varlen
+
+    @property
     def has_late_dq(self) -> bool:
         return self.tile.score_stages == 2
 

@@ -28,6 +28,11 @@ class SwizzledCell(Cell):
         return SwizzledTile(self.tile_n, self.head_dim, self.swizzle_bytes)
 
     @property
+    def out_element(self) -> str:
+        """The C type of what is written to out."""
+        return "float" if self.has_float_out else "Element"
+
+    @property
     def chunk_columns(self) -> int:
         return self.q_tile.chunk_cols
 

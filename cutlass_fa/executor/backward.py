@@ -54,6 +54,8 @@ def run_backward(
     random_state: tuple[int, int] = (0, 0),
     window_size: tuple[int, int] = (-1, -1),
     sink_tokens: int = 0,
+    q_offset: int | None = None,
+    k_offset: int | None = None,
     dlse: np.ndarray | None = None,
     gradients_like: tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None] = (None, None, None),
     num_splits: int = 1,
@@ -66,7 +68,7 @@ def run_backward(
     dout, q, k, v, out, lse, dlse: as flash_attn_backward takes them, or flash_attn_varlen_backward where the key is of packed sequences, in
     the key's dtype and any strides that a GPU's call accepts.
     seed: the schedule of every launch. build: where programs come from. softcap, dropout_p: positive where the key has them, else 0.
-    window_size, sink_tokens and extras (those of ExtraSpecs): as the forward had them, where the key has them.
+    window_size, sink_tokens, q_offset, k_offset and extras (those of ExtraSpecs): as the forward had them, where the key has them.
     gradients_like: arrays whose shapes and strides dq, dk and dv have; default contiguous. num_splits, num_copies: as Fa2BwdRequest has,
     several splits where the key has them.
 
@@ -88,6 +90,8 @@ def run_backward(
         arch=key.arch,
         mask=Window(*window_size, causal=key.causal),
         sink_tokens=sink_tokens,
+        q_offset=q_offset,
+        k_offset=k_offset,
         extras=ExtraSpecs.of(library_of(np.ndarray), [extras.get(name) for name in EXTRA_NAMES]),
         softmax_scale=softmax_scale,
         softcap=softcap,

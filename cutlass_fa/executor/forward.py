@@ -32,7 +32,8 @@ SMALL_DEVICE = DeviceInfo("sm_90a", num_sms=2, l2_bytes=1 << 18, name="CPU execu
 
 @dataclass(frozen=True)
 class Forward:
-    """out: (batch, seqlen_q, num_heads_q, head_dim) in q's dtype. lse: float32 (batch, num_heads_q, seqlen_q)."""
+    """out: (batch, seqlen_q, num_heads_q, head_dim) in q's dtype, or float32 where the cell writes that. lse: float32 (batch, num_heads_q,
+    seqlen_q)."""
 
     out: np.ndarray
     lse: np.ndarray
@@ -52,6 +53,8 @@ def run_forward(
     random_state: tuple[int, int] = (0, 0),
     window_size: tuple[int, int] = (-1, -1),
     sink_tokens: int = 0,
+    q_offset: int | None = None,
+    k_offset: int | None = None,
     persistent: PersistentMode | None = None,
     out_like: np.ndarray | None = None,
     device: DeviceInfo = SMALL_DEVICE,
@@ -66,6 +69,7 @@ def run_forward(
     seed: the schedule. program: `cell` compiled already. softmax_scale: default 1 / sqrt(head_dim).
     softcap, dropout_p: positive where the cell has them, else 0. random_state: dropout's seed and offset.
     window_size: (left, right), with a bounded side where the cell has a window. sink_tokens: positive where it has them.
+    q_offset, k_offset: positions of the first query and key, where the cell has offsets.
     persistent: default Persistent(), as the launcher's, in the family that has it.
     out_like: an array whose shape and strides the output has; default contiguous.
     extras: those of ExtraSpecs that the cell has.
@@ -83,6 +87,9 @@ def run_forward(
         "softmax_scale": softmax_scale,
         "softcap": softcap,
         "dropout_p": dropout_p,
+        "q_offset": q_offset,
+        "k_offset": k_offset,
+        "float_out": cell.key.float_out,
         "persistent": persistent,
     }
     problem = _problem(cell, q, k, v, out_like, options)
@@ -104,7 +111,7 @@ def run_forward(
     out_bits, lse_bits = out.values(name).reshape(problem.out_shape), lse.data.view(np.uint32).reshape(lse_shape)
     check_written(name, "out", out_bits)
     check_written(name, "lse", lse_bits)
-    return Forward(out_bits.view(q.dtype), lse_bits.view(np.float32))
+    return Forward(out_bits.view(np.float32 if cell.key.float_out else q.dtype), lse_bits.view(np.float32))
 
 
 def _arguments(

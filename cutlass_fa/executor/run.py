@@ -21,7 +21,7 @@ from .forward import run_forward
 
 _DTYPES = {"bf16": np.dtype(ml_dtypes.bfloat16), "f16": np.dtype(np.float16)}
 _LSE_TOLERANCE = 1e-2
-_SOFTCAP, _DROPOUT_P, _WINDOW, _SINK_TOKENS = 30.0, 0.17, (50, 20), 5  # of cells that have them
+_SOFTCAP, _DROPOUT_P, _WINDOW, _SINK_TOKENS, _OFFSETS = 30.0, 0.17, (50, 20), 5, (60, 3)  # of cells that have them
 _BACKWARD_ULPS = 6  # of the largest gradient: P, dS, out and the result are rounded, and dS is a difference of rounded numbers
 _ULPS = 4  # of the largest output: P and out are rounded to the element type, each by half an ulp
 
@@ -81,6 +81,8 @@ def _features(key: DispatchKey, shape: RunShape) -> dict[str, Any]:
     """What a call is given of the key's features, dropout apart; the reference takes the same."""
     return {
         "softcap": _SOFTCAP * key.softcap,
+        "q_offset": _OFFSETS[0] if key.offset else None,
+        "k_offset": _OFFSETS[1] if key.offset else None,
         "window_size": _WINDOW if key.sliding_window else (-1, -1),
         "sink_tokens": _SINK_TOKENS * key.sink,
         "alibi_slopes": np.float32(2) ** -np.arange(1, 1 + shape.num_heads_q, dtype=np.float32) if key.alibi else None,
