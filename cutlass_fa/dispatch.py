@@ -16,7 +16,7 @@ from .arch.limits import ARCH_LIMITS, arch_problem
 from .errors import UnknownKey, UnsupportedCell
 
 FAMILIES = ("fa2", "fa3")
-DIRECTIONS = ("fwd", "bwd", "bwd_preprocess", "bwd_convert")
+DIRECTIONS = ("fwd", "bwd", "bwd_preprocess", "bwd_convert", "bwd_reduce")
 ARCHS = tuple(ARCH_LIMITS)  # those with tables; later ones are served too
 DTYPES = ("f16", "bf16", "e4m3", "e5m2")
 FP8_DTYPES = ("e4m3", "e5m2")
@@ -30,6 +30,7 @@ FLAG_WORDS = (
     ("sliding_window", "window"),
     ("alibi", "alibi"),
     ("sink", "sink"),
+    ("learnable_sink", "lsink"),
     ("paged", "paged"),
     ("softcap", "softcap"),
     ("dropout", "dropout"),
@@ -43,12 +44,13 @@ class DispatchKey:
     """The identity of one cell; hashable, printable, parseable (`DispatchKey.parse(str(key)) == key`).
 
     family: "fa2" (mma.sync + cp.async, sm_80 and later) or "fa3" (TMA + WGMMA, sm_90a).
-    direction: "fwd", "bwd", or a pass beside the backward: "bwd_preprocess" before it, "bwd_convert" after it.
+    direction: "fwd", "bwd", or a pass beside the backward: "bwd_preprocess" before it, "bwd_convert" and "bwd_reduce" after it.
     arch: NVRTC's name of the target, e.g. "sm_90a"; any from sm_80 on.
     dtype: element type of q and k: "f16", "bf16", "e4m3" or "e5m2".
     head_dim: the cell's head_dim, one of 64, 80, 96, 128, 192, 256 (`cell_head_dim` rounds up).
-    causal, varlen, sliding_window, alibi, sink, paged, softcap, dropout, deterministic, split: presence flags. The last two are the
-        backward's: dq is summed in a fixed order; dk and dv are sums of parts that several CTAs make.
+    causal, varlen, sliding_window, alibi, sink, learnable_sink, paged, softcap, dropout, deterministic, split: presence flags. sink is of
+        sink tokens, learnable_sink of logits without a key. The last two are the backward's: dq is summed in a fixed order; dk and dv are
+        sums of parts that several CTAs make.
     gqa_ratio: query heads packed into a tile's rows; 1 where heads are not packed (the ratio is then a runtime number).
     v_dtype: element type of v; "" (the default) means that of q and k.
     """
@@ -63,6 +65,7 @@ class DispatchKey:
     sliding_window: bool = False
     alibi: bool = False
     sink: bool = False
+    learnable_sink: bool = False
     paged: bool = False
     softcap: bool = False
     dropout: bool = False
@@ -184,11 +187,12 @@ class DispatchTable:
 
 # What has a template: (family, direction) -> the presence flags that it knows.
 BUILT_FLAGS: dict[tuple[str, str], tuple[str, ...]] = {
-    ("fa2", "fwd"): ("causal", "sliding_window", "alibi", "sink", "softcap", "dropout"),
-    ("fa3", "fwd"): ("causal", "sliding_window", "alibi", "sink", "softcap"),
+    ("fa2", "fwd"): ("causal", "sliding_window", "alibi", "sink", "learnable_sink", "softcap", "dropout"),
+    ("fa3", "fwd"): ("causal", "sliding_window", "alibi", "sink", "learnable_sink", "softcap"),
     ("fa2", "bwd"): ("causal", "sliding_window", "alibi", "sink", "softcap", "dropout", "deterministic", "split"),
-    ("fa2", "bwd_preprocess"): (),
+    ("fa2", "bwd_preprocess"): ("learnable_sink",),
     ("fa2", "bwd_convert"): ("split",),
+    ("fa2", "bwd_reduce"): (),
 }
 
 
@@ -212,6 +216,10 @@ def _semantic_reasons(key: DispatchKey) -> list[str]:
         (key.paged and backward, "a paged cache has no backward"),
         (key.deterministic and not backward, "deterministic is a choice of the backward; every forward is"),
         (key.split and not backward, "split is the backward's: parts of dk and dv"),
+        (
+            key.learnable_sink and key.direction == "bwd",
+            "a backward's main kernel is the same with learnable_sink, which lse holds: bwd_preprocess makes the gradient",
+        ),
     )
     return [reason for refused, reason in checks if refused]
 
@@ -266,6 +274,7 @@ DISPATCH_TABLE = DispatchTable(
         _fa3_fwd("bf16", 128, causal=True, sliding_window=True, sink=True),
         _fa3_fwd("bf16", 128, causal=True, alibi=True),
         _fa3_fwd("bf16", 64, sliding_window=True),
+        _fa3_fwd("bf16", 64, causal=True, sliding_window=True, learnable_sink=True),
         _fa2_fwd("sm_80", "bf16", 128),
         _fa2_fwd("sm_80", "bf16", 128, causal=True),
         _fa2_fwd("sm_80", "f16", 128, causal=True),
@@ -276,6 +285,7 @@ DISPATCH_TABLE = DispatchTable(
         _fa2_fwd("sm_80", "bf16", 64, sliding_window=True),
         _fa2_fwd("sm_80", "bf16", 64, sliding_window=True, sink=True),
         _fa2_fwd("sm_80", "bf16", 64, causal=True),
+        _fa2_fwd("sm_80", "bf16", 64, causal=True, learnable_sink=True),
         _fa2_fwd("sm_80", "bf16", 96),
         _fa2_fwd("sm_86", "bf16", 256, causal=True),
         _fa2_fwd("sm_89", "bf16", 128, causal=True),
@@ -297,8 +307,10 @@ DISPATCH_TABLE = DispatchTable(
         _fa2_bwd("sm_100", "bf16", 128),
         _fa2_bwd("sm_120", "bf16", 128),
         DispatchKey("fa2", "bwd_preprocess", "sm_80", "bf16", 128),
+        DispatchKey("fa2", "bwd_preprocess", "sm_80", "bf16", 128, learnable_sink=True),
         DispatchKey("fa2", "bwd_convert", "sm_80", "bf16", 128),
         DispatchKey("fa2", "bwd_convert", "sm_90a", "bf16", 128),
         DispatchKey("fa2", "bwd_convert", "sm_90a", "bf16", 128, split=True),
+        DispatchKey("fa2", "bwd_reduce", "sm_80", "bf16", 128),
     )
 )

@@ -74,6 +74,7 @@ _WINDOW_RIGHT = ParamField("window_right", "int", "keys after a query's position
 _SINK_TOKENS = ParamField("sink_tokens", "int", "first keys, seen however far they lie before a window; at most seqlen_k")
 ALIBI_SLOPES = ParamField("alibi_slopes", "float*", "(num_heads_q,) or (batch, num_heads_q)")
 ALIBI_STRIDE = ParamField("alibi_stride_batch", "int64_t", "elements; 0 where all sequences share the slopes")
+LEARNABLE_SINK = ParamField("learnable_sink", "float*", "(num_heads_q,) a logit without a key in each row of a head, -inf for none")
 _ALIBI_SCALE = ParamField("alibi_scale", "float", "log2(e) / softmax_scale_log2: a bias in units of the scores")
 
 DROPOUT_STATE = (  # after the addresses: a run writes them too
@@ -105,17 +106,22 @@ def mask_params(key: DispatchKey) -> tuple[ParamField, ...]:
 def fa3_fwd_params(key: DispatchKey, dynamic_scheduler: bool) -> tuple[ParamField, ...]:
     """The fields of an fa3 forward cell, widest first so that no compiler pads between them."""
     heads = _NUM_HEADS_KV if key.gqa_ratio > 1 else _HEADS_PER_KV_HEAD
-    pointers = (*_OUTPUTS, *(_TILE_COUNTER,) * dynamic_scheduler) + (ALIBI_SLOPES,) * key.alibi
+    pointers = (*_OUTPUTS, *(_TILE_COUNTER,) * dynamic_scheduler) + _extra_addresses(key)
     wide = (*pointers, *strides("o")) + (ALIBI_STRIDE,) * key.alibi
     return (*wide, *_FORWARD_SIZES, *scale_params(key), heads, *_forward_features(key))
 
 
 def fa2_fwd_params(key: DispatchKey) -> tuple[ParamField, ...]:
     """The fields of an fa2 forward cell: what a run writes, then the other wide ones, then the narrow ones."""
-    pointers = (*_INPUTS, *_OUTPUTS) + (ALIBI_SLOPES,) * key.alibi + DROPOUT_STATE * key.dropout
+    pointers = (*_INPUTS, *_OUTPUTS) + _extra_addresses(key) + DROPOUT_STATE * key.dropout
     wide = (*pointers, *strides("q"), *strides("k"), *strides("v"), *strides("o")) + (ALIBI_STRIDE,) * key.alibi
     sizes = tuple(field for field in _FORWARD_SIZES if field.name != "num_tiles")
     return (*wide, *sizes, *scale_params(key), _HEADS_PER_KV_HEAD) + _forward_features(key) + DROPOUT_RATE * key.dropout
+
+
+def _extra_addresses(key: DispatchKey) -> tuple[ParamField, ...]:
+    """Those of the extra arrays, in the order of ExtraSpecs."""
+    return (ALIBI_SLOPES,) * key.alibi + (LEARNABLE_SINK,) * key.learnable_sink
 
 
 def _forward_features(key: DispatchKey) -> tuple[ParamField, ...]:

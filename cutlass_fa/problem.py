@@ -74,6 +74,7 @@ class Problem:
             mask=mask,
             sink_tokens=sink_tokens,
             position_bias=PositionBias(extras.alibi_slopes is not None),
+            learnable_sink=extras.learnable_sink is not None,
             softmax_scale=softmax_scale,
             softcap=softcap,
             dropout_p=dropout_p,

@@ -128,7 +128,8 @@ class AttentionRequest:
     """What every call on dense arrays has: q (batch, seqlen_q, num_heads_q, head_dim); k, v (batch, seqlen_k, num_heads_kv, head_dim).
 
     dtype: "f16" or "bf16". softmax_scale: default 1 / sqrt(head_dim). softcap: scores become softcap * tanh(score / softcap); 0 (the
-    default): as they are. dropout_p: the share of probabilities set to 0, in [0, 1). arch: NVRTC's name of the target GPU.
+    default): as they are. learnable_sink: whether each row's denominator has a logit without a key (the logits are a runtime array).
+    dropout_p: the share of probabilities set to 0, in [0, 1). arch: NVRTC's name of the target GPU.
     Raises EmptyBatch, ZeroSeqlen, SeqlenOverflow, InvalidGqaRatio, UnsupportedHeadDim, UnsupportedDtype, SinkWithoutMask, InvalidArgument.
     """
 
@@ -142,6 +143,7 @@ class AttentionRequest:
     mask: MaskKind = field(default_factory=Full)
     sink_tokens: int = 0
     position_bias: PositionBias = PositionBias()
+    learnable_sink: bool = False
     softmax_scale: float | None = None
     softcap: float = 0.0
     dropout_p: float = 0.0
@@ -202,6 +204,7 @@ class AttentionRequest:
             sliding_window=self.mask.is_sliding,
             alibi=self.position_bias.alibi,
             sink=self.sink_tokens > 0 and self.mask.is_sliding,  # a causal mask alone shows them anyway
+            learnable_sink=self.learnable_sink,
             softcap=self.softcap > 0,
             dropout=self.dropout_p > 0,
         )
@@ -267,15 +270,19 @@ class Fa2BwdRequest(AttentionRequest):
 
     def dispatch_key(self) -> DispatchKey:
         """The main kernel; whether it exists is DISPATCH_TABLE's to say."""
-        return replace(self._key("fa2", "bwd"), deterministic=self.deterministic, split=self.splits > 1)
+        key = replace(self._key("fa2", "bwd"), learnable_sink=False)  # lse, which it is given, holds the logits
+        return replace(key, deterministic=self.deterministic, split=self.splits > 1)
 
     def dispatch_keys(self) -> tuple[DispatchKey, ...]:
-        """Every kernel of the call in the order of the launches: the forward's where it recomputes, preprocess, main, convert."""
+        """Every kernel of the call in the order of the launches: the forward's where it recomputes, preprocess, main, convert, the parts'
+        convert where it is split, reduce where it has learnable_sink."""
         main = self.dispatch_key()
         plain = DispatchKey("fa2", "bwd", self.arch, self.dtype, main.head_dim)
-        passes = (replace(plain, direction="bwd_preprocess"), main, replace(plain, direction="bwd_convert"))
+        preprocess = replace(plain, direction="bwd_preprocess", learnable_sink=self.learnable_sink)
+        passes = (preprocess, main, replace(plain, direction="bwd_convert"))
         parts = (replace(plain, direction="bwd_convert", split=True),) * main.split
-        return (*((self.forward().dispatch_key(),) if self.recompute else ()), *passes, *parts)
+        sums = (replace(plain, direction="bwd_reduce"),) * self.learnable_sink
+        return (*((self.forward().dispatch_key(),) if self.recompute else ()), *passes, *parts, *sums)
 
     def forward(self) -> FwdRequest:
         """The forward that this is the backward of."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..cell import Cell
 from ..dispatch import DispatchKey
-from ..params import ParamField
+from ..params import LEARNABLE_SINK, ParamField
 from .fa2_bwd import Fa2BwdCell, array_fields
 
 ROW_LANES = 8  # threads that share a row
@@ -45,7 +45,7 @@ def main_key(key: DispatchKey) -> DispatchKey:
 
 @dataclass(frozen=True)
 class Fa2BwdPreprocessCell(_Pass):
-    """rowsum(dout * out) - dlse, lse in powers of two, and zeros for dQ."""
+    """rowsum(dout * out) - dlse, lse in powers of two, and zeros for dQ; with learnable_sink, each block's part of that gradient."""
 
     template = "common/bwd_preprocess.cu.j2"
     entry = "flash_bwd_preprocess"
@@ -69,6 +69,9 @@ class Fa2BwdPreprocessCell(_Pass):
             ParamField("dpsum", "float*", "like lse_log2, written"),
             ParamField("dq_acc", "float*", "(num_copies, batch, num_heads_q, num_m_blocks, kTileM * kHeadDim), set to 0"),
         )
+        if self.has_learnable_sink:
+            parts = ParamField("learnable_sink_parts", "float*", "(num_heads_q, batch * num_m_blocks), written")
+            addresses += (LEARNABLE_SINK, parts)
         lse = tuple(ParamField(f"{name}_stride_{axis}", "int64_t", "elements") for name in ("lse", "dlse") for axis in ("batch", "head"))
         numbers = (
             ParamField("seqlen_q", "int", "query rows of each sequence"),
@@ -138,4 +141,32 @@ class Fa2BwdConvertCell(_Pass):
             head_dim,
             ParamField("num_parts", "int", "parts to add"),
             scale,
+        )
+
+
+@dataclass(frozen=True)
+class Fa2BwdReduceCell(_Pass):
+    """The gradient by each head's learnable_sink, out of the preprocess's parts. A warp a head: there are as many parts as blocks of queries."""
+
+    template = "common/bwd_reduce.cu.j2"
+    entry = "flash_bwd_reduce"
+
+    @classmethod
+    def for_key(cls, key: DispatchKey) -> Fa2BwdReduceCell:
+        return cls(key, Fa2BwdCell.for_key(main_key(key)))
+
+    @property
+    def threads(self) -> int:
+        return 32
+
+    @property
+    def summary(self) -> str:
+        return f"a head of blocks of {self.tile_m} rows, {self.threads} threads, no shared memory"
+
+    @property
+    def params(self) -> tuple[ParamField, ...]:
+        return (
+            ParamField("parts", "float*", "(num_heads_q, num_parts)"),
+            ParamField("sums", "float*", "(num_heads_q,), written"),
+            ParamField("num_parts", "int", "parts of a head"),
         )

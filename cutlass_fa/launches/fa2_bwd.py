@@ -24,13 +24,15 @@ WORKSPACE_ALIGNMENT = 64  # floats: 256 bytes
 
 @dataclass(frozen=True)
 class Workspace:
-    """Where things lie in one buffer of float32, in bytes from its start; `floats` is its size. Parts are 0 where dk and dv have none."""
+    """Where things lie in one buffer of float32, in bytes from its start; `floats` is its size. Parts are of size 0 where the call
+    has none."""
 
     lse_log2: int
     dpsum: int
     dq_acc: int
     dk_parts: int
     dv_parts: int
+    learnable_sink_parts: int
     floats: int
 
     @classmethod
@@ -38,10 +40,15 @@ class Workspace:
         request = problem.request
         rows = request.batch * request.num_heads_q * request.blocks[0] * cell.tile_m
         parts = request.splits * request.batch * request.num_heads_kv * request.seqlen_k * cell.head_dim if cell.is_split else 0
-        sizes = (rows, rows, request.copies * rows * cell.head_dim, parts, parts)
+        sink_parts = request.batch * request.num_heads_q * request.blocks[0] * request.learnable_sink
+        sizes = (rows, rows, request.copies * rows * cell.head_dim, parts, parts, sink_parts)
         ends = list(accumulate(-(-size // WORKSPACE_ALIGNMENT) * WORKSPACE_ALIGNMENT for size in sizes))
-        lse_log2, dpsum, dq_acc, dk_parts, dv_parts = (4 * start for start in (0, *ends[:-1]))
-        return cls(lse_log2, dpsum, dq_acc, dk_parts, dv_parts, floats=ends[-1])
+        return cls(*(4 * start for start in (0, *ends[:-1])), floats=ends[-1])
+
+    @property
+    def places(self) -> dict[str, int]:
+        """Name -> bytes from the buffer's start."""
+        return {name: place for name, place in vars(self).items() if name != "floats"}
 
 
 @dataclass(frozen=True)
@@ -67,15 +74,23 @@ def launches_of(problem: BackwardProblem, cells: Mapping[DispatchKey, Any]) -> t
         _pass(main, cells, _main_grid(problem), values),
         _pass(convert, cells, m_blocks, {**values, "scale": request.scale}),
     ]
-    for parts in keys[3:]:
+    for each in keys[3:]:
+        if each.direction == "bwd_reduce":
+            names = {"parts": "learnable_sink_parts", "sums": "dlearnable_sink"}
+            made.append(_pass(each, cells, request.num_heads_q, {"num_parts": request.blocks[0] * request.batch}, names))
+            continue
         for name, spec, scale in (("dk", problem.dk, request.scale), ("dv", problem.dv, keep_scale(request.dropout_p))):
-            made.append(_parts_pass(parts, cells, problem, {**values, "scale": scale}, name, spec))
+            made.append(_parts_pass(each, cells, problem, {**values, "scale": scale}, name, spec))
     return tuple(made)
 
 
-def _pass(key: DispatchKey, cells: Mapping[DispatchKey, Any], grid: int, values: Mapping[str, Any]) -> PassLaunch:
-    cell = cells[key]
-    return PassLaunch(key, grid, pack(cell, values), tuple(field.name for field in cell.params if field.is_address))
+def _pass(
+    key: DispatchKey, cells: Mapping[DispatchKey, Any], grid: int, values: Mapping[str, Any], names: Mapping[str, str] | None = None
+) -> PassLaunch:
+    """names: of the addresses whose fields are called otherwise."""
+    cell, names = cells[key], names or {}
+    addresses = tuple(names.get(field.name, field.name) for field in cell.params if field.is_address)
+    return PassLaunch(key, grid, pack(cell, values), addresses)
 
 
 def _parts_pass(
@@ -86,9 +101,7 @@ def _parts_pass(
     part_size = request.batch * request.num_heads_kv * request.seqlen_k * cell.head_dim
     own = {"part_size": part_size, "num_parts": request.splits, **_strides("gradient", spec)}
     grid = tile_count(-(-part_size // (4 * cell.threads)), 1, 1)
-    names = {"gradient": name, "parts": f"{name}_parts"}
-    addresses = tuple(names[field.name] for field in cell.params if field.is_address)
-    return PassLaunch(key, grid, pack(cell, {**values, **own}), addresses)
+    return _pass(key, cells, grid, {**values, **own}, {"gradient": name, "parts": f"{name}_parts"})
 
 
 def _main_grid(problem: BackwardProblem) -> int:
@@ -151,15 +164,13 @@ class Fa2BwdPlan:
         self._lock = threading.Lock()  # between writing the arguments and the driver's copies of them
 
     def run(self, addresses: Mapping[str, int], workspace: int, stream: int, random_state: tuple[int, int] = (0, 0)) -> None:
-        """Launch every pass on a CUstream. addresses: device addresses of q, k, v, out, dout, lse, dq, dk, dv, dlse and of the extra
-        arrays by name, 0 for those that the call has not. workspace: the device address of `self.workspace.floats` float32,
+        """Launch every pass on a CUstream. addresses: device addresses of q, k, v, out, dout, lse, dq, dk, dv, dlse, dlearnable_sink and
+        of the extra arrays by name, 0 for those that the call has not. workspace: the device address of `self.workspace.floats` float32,
         contents of no matter.
 
         Asynchronous; may be captured in a CUDA graph. random_state: seed and offset of the forward's dropout. The caller's current device
         must be the plan's. Raises LaunchError or the driver's error."""
-        places = self.workspace
-        address = {name: workspace + getattr(places, name) for name in ("lse_log2", "dpsum", "dq_acc", "dk_parts", "dv_parts")}
-        address |= addresses
+        address = {name: workspace + place for name, place in self.workspace.places.items()} | addresses
         with self._lock:
             for each, launch in self._launches:
                 words = launch.params
