@@ -47,21 +47,24 @@ def flash_attn_backward(
     dlearnable_sink: Any = None,
     backend: str = "cuda",
 ) -> tuple[Any, ...]:
-    """Gradients of sum(out * dout) + sum(lse * dlse) by q, k, v and learnable_sink, without the score matrix in memory (FlashAttention-2: Dao 2023).
+    """Gradients of sum(out * dout) + sum(lse * dlse) by q, k, v and learnable_sink, without the score matrix in memory.
+
+    The algorithm is FlashAttention-2's (Dao 2023).
 
     dout: like out, (batch, seqlen_q, num_heads_q, head_dim). q, k, v: as the forward had them; float16 or bfloat16, CuPy or PyTorch tensors
         on the GPU that need no gradient themselves. softmax_scale, causal, window_size, sink_tokens, alibi_slopes, learnable_sink,
         softcap, dropout_p, dropout_seed and dropout_offset: as the forward had them.
     out, lse: what the forward returned, lse float32 (batch, num_heads_q, seqlen_q); or recompute=True and neither: the call runs the
         forward again, and nothing but q, k, v and dout need be kept for it.
-    deterministic: equal calls give equal bits of dq (the other gradients always have them), for the time and the float32 memory of copies of dq.
+    deterministic: equal calls give equal bits of dq (the others always have them), for the time and the float32 memory of copies of dq.
     dlse: float32 like lse, the gradient by lse; default: none.
     dq, dk, dv: where to write the gradients, like q, k and v, any strides that q may have; default: fresh contiguous arrays.
     dlearnable_sink: where to write that gradient, float32 (num_heads_q,), contiguous; default: a fresh array. Only with learnable_sink.
     backend: "cuda", or "reference": NumPy arrays, computed in float64 on the CPU and rounded to q's dtype.
 
-    Returns (dq, dk, dv), or with learnable_sink (dq, dk, dv, dlearnable_sink). Queries that see no key and keys that no query sees get gradients of 0. The float32 workspace comes from the
-    arrays' own library. Runs asynchronously on the caller's current stream and device; may be captured in a CUDA graph after a first call.
+    Returns (dq, dk, dv), or with learnable_sink (dq, dk, dv, dlearnable_sink). Queries that see no key and keys that no query sees get
+    gradients of 0. The float32 workspace comes from the arrays' own library. Runs asynchronously on the caller's current stream and device;
+    may be captured in a CUDA graph after a first call.
     Raises InvalidArgument, UnsupportedDtype, UnsupportedHeadDim, InvalidGqaRatio, EmptyBatch, ZeroSeqlen, SeqlenOverflow,
     Fp8BackwardUnsupported for bad input, UnsupportedCell for a combination without a kernel, MockMode where there is no GPU,
     CompileError, CompileDisabled.

@@ -106,14 +106,14 @@ def mask_params(key: DispatchKey) -> tuple[ParamField, ...]:
 def fa3_fwd_params(key: DispatchKey, dynamic_scheduler: bool) -> tuple[ParamField, ...]:
     """The fields of an fa3 forward cell, widest first so that no compiler pads between them."""
     heads = _NUM_HEADS_KV if key.gqa_ratio > 1 else _HEADS_PER_KV_HEAD
-    pointers = (*_OUTPUTS, *(_TILE_COUNTER,) * dynamic_scheduler) + _extra_addresses(key)
+    pointers = (*_OUTPUTS, *(_TILE_COUNTER,) * dynamic_scheduler, *_extra_addresses(key))
     wide = (*pointers, *strides("o")) + (ALIBI_STRIDE,) * key.alibi
     return (*wide, *_FORWARD_SIZES, *scale_params(key), heads, *_forward_features(key))
 
 
 def fa2_fwd_params(key: DispatchKey) -> tuple[ParamField, ...]:
     """The fields of an fa2 forward cell: what a run writes, then the other wide ones, then the narrow ones."""
-    pointers = (*_INPUTS, *_OUTPUTS) + _extra_addresses(key) + DROPOUT_STATE * key.dropout
+    pointers = (*_INPUTS, *_OUTPUTS, *_extra_addresses(key)) + DROPOUT_STATE * key.dropout
     wide = (*pointers, *strides("q"), *strides("k"), *strides("v"), *strides("o")) + (ALIBI_STRIDE,) * key.alibi
     sizes = tuple(field for field in _FORWARD_SIZES if field.name != "num_tiles")
     return (*wide, *sizes, *scale_params(key), _HEADS_PER_KV_HEAD) + _forward_features(key) + DROPOUT_RATE * key.dropout

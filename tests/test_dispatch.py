@@ -48,7 +48,7 @@ def test_names_parse_back_and_are_unique() -> None:
 def test_name_leaves_out_defaults() -> None:
     assert str(BASE) == "fa3_fwd_sm90a_bf16_hdim128"
     full = DispatchKey("fa3", "fwd", "sm_90a", "e4m3", 64, gqa_ratio=4, v_dtype="e5m2", **{field: True for field, _ in FLAG_WORDS})
-    words = "causal_varlen_window_alibi_sink_paged_softcap_dropout_deterministic_split"
+    words = "causal_varlen_window_alibi_sink_lsink_paged_softcap_dropout_deterministic_split"
     assert str(full) == f"fa3_fwd_sm90a_e4m3_ve5m2_hdim64_{words}_gqa4"
     assert str(DispatchKey("fa2", "bwd_preprocess", "sm_80", "bf16", 128)) == "fa2_bwd_preprocess_sm80_bf16_hdim128"
 
@@ -89,6 +89,8 @@ def test_key_refuses_unknown_words() -> None:
         ({"direction": "bwd", "paged": True}, "no backward"),
         ({"deterministic": True}, "every forward is"),
         ({"direction": "bwd_convert"}, "bwd_convert is not built yet"),
+        ({"family": "fa2", "direction": "bwd", "learnable_sink": True}, "the same with learnable_sink"),
+        ({"family": "fa2", "direction": "bwd_convert", "learnable_sink": True}, "learnable_sink is not built yet in the fa2 bwd_convert"),
     ],
 )
 def test_why_not_names_the_obstacle(change: dict[str, object], words: str) -> None:
@@ -110,8 +112,8 @@ def test_valid_keys_are_what_lookup_serves() -> None:
     assert len(valid) == len(set(valid))
     combinations = 2 * len(CELL_HEAD_DIMS)  # dtypes x head_dims
     counts = Counter((key.family, key.direction) for key in valid)
-    assert counts["fa3", "fwd"] == combinations * 2**3 * 3  # causal, alibi, softcap; a window, which may have sink tokens
-    assert counts["fa2", "fwd"] == combinations * 2**4 * 3 * len(ARCHS)  # causal, alibi, softcap, dropout; the same
+    assert counts["fa3", "fwd"] == combinations * 2**4 * 3  # causal, alibi, lsink, softcap; a window, which may have sink tokens
+    assert counts["fa2", "fwd"] == combinations * 2**5 * 3 * len(ARCHS)  # causal, alibi, lsink, softcap, dropout; the same
     assert set(counts) == set(BUILT_FLAGS)
     assert all(DISPATCH_TABLE.lookup(key) is key for key in valid)
     assert {replace(key, gqa_ratio=1) for key in DISPATCH_TABLE} <= set(valid)

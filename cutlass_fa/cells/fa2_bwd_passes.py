@@ -60,7 +60,7 @@ class Fa2BwdPreprocessCell(_Pass):
 
     @property
     def params(self) -> tuple[ParamField, ...]:
-        addresses = (
+        addresses: tuple[ParamField, ...] = (
             ParamField("out", "void*", "(batch, seqlen_q, num_heads_q, head_dim) in the element type, last dimension contiguous"),
             ParamField("dout", "void*", "like out"),
             ParamField("lse", "float*", "(batch, num_heads_q, seqlen_q) natural logarithm, last dimension contiguous"),
@@ -146,7 +146,8 @@ class Fa2BwdConvertCell(_Pass):
 
 @dataclass(frozen=True)
 class Fa2BwdReduceCell(_Pass):
-    """The gradient by each head's learnable_sink, out of the preprocess's parts. A warp a head: there are as many parts as blocks of queries."""
+    """One float for each query head out of parts: the gradient by learnable_sink, out of the preprocess's. A warp a head, as there are
+    only as many parts as blocks of queries."""
 
     template = "common/bwd_reduce.cu.j2"
     entry = "flash_bwd_reduce"

@@ -43,7 +43,7 @@ class Workspace:
         sink_parts = request.batch * request.num_heads_q * request.blocks[0] * request.learnable_sink
         sizes = (rows, rows, request.copies * rows * cell.head_dim, parts, parts, sink_parts)
         ends = list(accumulate(-(-size // WORKSPACE_ALIGNMENT) * WORKSPACE_ALIGNMENT for size in sizes))
-        return cls(*(4 * start for start in (0, *ends[:-1])), floats=ends[-1])
+        return cls(*(4 * start for start in (0, *ends[:-1])), ends[-1])
 
     @property
     def places(self) -> dict[str, int]:
@@ -170,7 +170,8 @@ class Fa2BwdPlan:
 
         Asynchronous; may be captured in a CUDA graph. random_state: seed and offset of the forward's dropout. The caller's current device
         must be the plan's. Raises LaunchError or the driver's error."""
-        address = {name: workspace + place for name, place in self.workspace.places.items()} | addresses
+        address = {name: workspace + place for name, place in self.workspace.places.items()}
+        address |= addresses
         with self._lock:
             for each, launch in self._launches:
                 words = launch.params
