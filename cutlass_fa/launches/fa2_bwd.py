@@ -43,7 +43,8 @@ class Workspace:
         sink_parts = request.batch * request.num_heads_q * request.blocks[0] * request.learnable_sink
         sizes = (rows, rows, request.copies * rows * cell.head_dim, parts, parts, sink_parts)
         ends = list(accumulate(-(-size // WORKSPACE_ALIGNMENT) * WORKSPACE_ALIGNMENT for size in sizes))
-        return cls(*(4 * start for start in (0, *ends[:-1])), ends[-1])
+        lse_log2, dpsum, dq_acc, dk_parts, dv_parts, learnable_sink_parts = (4 * start for start in (0, *ends[:-1]))
+        return cls(lse_log2, dpsum, dq_acc, dk_parts, dv_parts, learnable_sink_parts, floats=ends[-1])
 
     @property
     def places(self) -> dict[str, int]:
