@@ -109,7 +109,7 @@ CUTLASS_FA_DEVICE RowResult finalize(SoftmaxRows const& rows, int r) {
 // measured from the larger of the two, so that neither overflows. A row without keys: 0 and the logit.
 CUTLASS_FA_DEVICE RowResult finalize(SoftmaxRows const& rows, int r, float logit) {
   float const sum = quad_sum(rows.sum[r]);
-  float const logit_log2 = logit / kLn2;
+  float const logit_log2 = logit * kLog2E;
   float const origin = fmaxf(rows.origin[r], logit_log2);
   float const rescale = exp2_approx(rows.origin[r] - origin);
   float const total = sum * rescale + exp2_approx(logit_log2 - origin);
