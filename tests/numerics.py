@@ -162,13 +162,12 @@ def check_backward(
     low = lowp_backward(dout, q, k, v, dlse=dlse, **options)
     expected = attention_backward(dout, q, k, v, dlse=dlse, **options)
     for name in ("dq", "dk", "dv"):
-        check_close(name, *(getattr(each, name) for each in (gradients, expected, low)), case, rows_axis=-3)
+        check_close(name, getattr(gradients, name), getattr(expected, name), getattr(low, name), case, rows_axis=-3)
     if expected.dlearnable_sink is not None:
         spread = _sink_gradient_spread(dout, q, k, v, AttentionOptions(**options))
         # Rounding moves a number by a fifth of an ulp, as a standard deviation; out has the rounding of P in it too.
         slack = 2 * spread * 2.0 ** -PRECISIONS[q.dtype.name].mantissa_bits
-        sinks = (each.dlearnable_sink for each in (gradients, expected, low))
-        check_close("dlearnable_sink", *sinks, case, slack=slack)
+        check_close("dlearnable_sink", gradients.dlearnable_sink, expected.dlearnable_sink, low.dlearnable_sink, case, slack=slack)
 
 
 def _sink_gradient_spread(dout: Array, q: Array, k: Array, v: Array, options: AttentionOptions) -> float:
@@ -183,8 +182,9 @@ def _sink_gradient_spread(dout: Array, q: Array, k: Array, v: Array, options: At
         out = soft.exp / soft.row_sum * head.dropout @ soft.v
         return Gradients(0.0, 0.0, 0.0, (soft.sink**2 * ((dout * out) ** 2).sum(axis=1)).sum())
 
-    variances = backward_by_head(variance, dout, None, q, k, v, options).dlearnable_sink
-    return math.sqrt(float(variances.max()))
+    gradients = backward_by_head(variance, dout, None, q, k, v, options)
+    assert gradients.dlearnable_sink is not None
+    return math.sqrt(float(gradients.dlearnable_sink.max()))
 
 
 def check_close(
