@@ -28,6 +28,7 @@ def flash_attn_func(
     window_size: tuple[int, int] = (-1, -1),
     sink_tokens: int = 0,
     alibi_slopes: Any = None,
+    learnable_sink: Any = None,
     softcap: float = 0.0,
     dropout_p: float = 0.0,
     dropout_seed: int = 0,
@@ -52,6 +53,8 @@ def flash_attn_func(
     window_size: (left, right) keys around the query's position, -1 unbounded.
     sink_tokens: the first keys that stay visible under a window (StreamingLLM: Xiao et al. 2023).
     alibi_slopes: float32 (num_heads_q,) or (batch, num_heads_q); bias -slope * |position - j|.
+    learnable_sink: float32 (num_heads_q,): a logit of each query head that joins every row's softmax denominator and lse and has no value;
+        in natural units: neither scaled nor capped, biased, masked or dropped; finite, or -inf for none.
     softcap: scaled scores become softcap * tanh(score / softcap), before the mask; 0 (the default): as they are.
     dropout_p: the share of probabilities set to 0, in [0, 1); the others are multiplied by 1 / (1 - dropout_p). lse does not change.
     dropout_seed, dropout_offset: in [0, 2^64). Which probabilities are dropped is a function of the two and of batch, head, row and column
@@ -70,8 +73,9 @@ def flash_attn_func(
         which every GPU from sm_80 on runs.
     backend: "cuda", or "reference": NumPy arrays, computed in float64 on the CPU and rounded to q's dtype.
 
-    Returns out, or (out, lse). A query that sees no key gets out 0 and lse -inf. Runs asynchronously on the caller's current stream and
-    device; after a first call on a shape it may be captured in a CUDA graph (of which one instance runs at a time).
+    Returns out, or (out, lse). A query that sees no key gets out 0 and lse -inf, or its head's learnable_sink. Runs asynchronously on the
+    caller's current stream and device; after a first call on a shape it may be captured in a CUDA graph (of which one instance runs at a
+    time).
     Raises InvalidArgument, UnsupportedDtype, UnsupportedHeadDim, InvalidGqaRatio, EmptyBatch, ZeroSeqlen, SeqlenOverflow, SinkWithoutMask
     for bad input, UnsupportedCell for a combination without a kernel, MockMode where there is no GPU, CompileError, CompileDisabled.
     """
@@ -79,7 +83,7 @@ def flash_attn_func(
         check_offsets(q_offset, k_offset)  # before they are hashed
     masks = (causal, tuple(window_size), sink_tokens, q_offset, k_offset)
     options = (softmax_scale, *masks, persistent, softcap, dropout_p, is_float32(out_dtype), family, None, None)
-    extras = (alibi_slopes, None, None, None, None)
+    extras = (alibi_slopes, learnable_sink, None, None, None, None)
     return forward(q, k, v, out, return_lse, options, extras, (dropout_seed, dropout_offset), backend)
 
 

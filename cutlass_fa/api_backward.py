@@ -37,6 +37,7 @@ def flash_attn_backward(
     window_size: tuple[int, int] = (-1, -1),
     sink_tokens: int = 0,
     alibi_slopes: Any = None,
+    learnable_sink: Any = None,
     softcap: float = 0.0,
     dropout_p: float = 0.0,
     dropout_seed: int = 0,
@@ -49,25 +50,30 @@ def flash_attn_backward(
     dq: Any = None,
     dk: Any = None,
     dv: Any = None,
+    dlearnable_sink: Any = None,
     backend: str = "cuda",
-) -> tuple[Any, Any, Any]:
-    """Gradients of sum(out * dout) + sum(lse * dlse) by q, k and v, without the score matrix in memory (FlashAttention-2: Dao 2023).
+) -> tuple[Any, ...]:
+    """Gradients of sum(out * dout) + sum(lse * dlse) by q, k, v and learnable_sink, without the score matrix in memory.
+
+    The algorithm is FlashAttention-2's (Dao 2023).
 
     dout: like out, (batch, seqlen_q, num_heads_q, head_dim). q, k, v: as the forward had them; float16 or bfloat16, CuPy or PyTorch tensors
-        on the GPU that need no gradient themselves. softmax_scale, causal, window_size, sink_tokens, alibi_slopes, softcap, dropout_p,
-        dropout_seed, dropout_offset, q_offset and k_offset: as the forward had them.
+        on the GPU that need no gradient themselves. softmax_scale, causal, window_size, sink_tokens, alibi_slopes, learnable_sink, softcap,
+        dropout_p, dropout_seed, dropout_offset, q_offset and k_offset: as the forward had them.
     out, lse: what the forward returned, lse float32 (batch, num_heads_q, seqlen_q); or recompute=True and neither: the call runs the
         forward again, and nothing but q, k, v and dout need be kept for it.
         Where the keys are a part of all, out and lse are those of all keys (merge_attention_states; out converted to q's dtype), and dlse
         is the gradient by that lse: dk and dv are then slices of the whole gradients, and the dq of all parts add up to the whole.
-    deterministic: equal calls give equal bits of dq (dk and dv always have them), for the time and the float32 memory of copies of dq.
+    deterministic: equal calls give equal bits of dq (the others always have them), for the time and the float32 memory of copies of dq.
     dlse: float32 like lse, the gradient by lse; default: none.
     dq, dk, dv: where to write the gradients, like q, k and v, any strides that q may have; default: fresh contiguous arrays.
+    dlearnable_sink: where to write that gradient, float32 (num_heads_q,), contiguous; default: a fresh array. Only with learnable_sink.
     backend: "cuda", or "reference": NumPy arrays, computed in float64 on the CPU and rounded to q's dtype. It looks at q,
         k, v, dout and dlse alone, and so takes the keys for all there are.
 
-    Returns (dq, dk, dv). Queries that see no key and keys that no query sees get gradients of 0. The float32 workspace comes from the
-    arrays' own library. Runs asynchronously on the caller's current stream and device; may be captured in a CUDA graph after a first call.
+    Returns (dq, dk, dv), or with learnable_sink (dq, dk, dv, dlearnable_sink). Queries that see no key and keys that no query sees get
+    gradients of 0. The float32 workspace comes from the arrays' own library. Runs asynchronously on the caller's current stream and device;
+    may be captured in a CUDA graph after a first call.
     Raises InvalidArgument, UnsupportedDtype, UnsupportedHeadDim, InvalidGqaRatio, EmptyBatch, ZeroSeqlen, SeqlenOverflow,
     Fp8BackwardUnsupported for bad input, UnsupportedCell for a combination without a kernel, MockMode where there is no GPU,
     CompileError, CompileDisabled.
@@ -76,16 +82,17 @@ def flash_attn_backward(
         check_offsets(q_offset, k_offset)  # before they are hashed
     masks = (causal, tuple(window_size), sink_tokens, q_offset, k_offset)
     options = (softmax_scale, *masks, softcap, dropout_p, deterministic, recompute, None, None)
-    extras = (alibi_slopes, None, None, None, None)
-    return backward((q, k, v, out, dout, lse, dlse, dq, dk, dv), options, extras, (dropout_seed, dropout_offset), backend)
+    extras = (alibi_slopes, learnable_sink, None, None, None, None)
+    arrays = (q, k, v, out, dout, lse, dlse, dq, dk, dv, dlearnable_sink)
+    return backward(arrays, options, extras, (dropout_seed, dropout_offset), backend)
 
 
 def backward(
     arrays: tuple[Any, ...], options: _Options, extras: tuple[Any, ...], random_state: tuple[int, int], backend: str
-) -> tuple[Any, Any, Any]:
+) -> tuple[Any, ...]:
     """A backward call, whatever its arrays look like. arrays: in the order of _NAMES; options: in that of _OPTION_NAMES; extras: in that of
     EXTRA_NAMES."""
-    q, k, v, out, dout, lse, dlse, *gradients = arrays
+    q, k, v, out, dout, lse, dlse, *gradients, dlearnable_sink = arrays
     if options[7]:  # dropout_p
         check_random_state(random_state)
     if backend == "reference":
@@ -104,14 +111,16 @@ def backward(
         library.empty(problem.shape_of(spec), spec.dtype, device) if given is None else given
         for given, spec in zip(gradients, (problem.dq, problem.dk, problem.dv), strict=True)
     )
+    if problem.dlearnable_sink is not None and dlearnable_sink is None:
+        dlearnable_sink = library.empty(problem.dlearnable_sink.shape, "f32", device)
     workspace = library.empty((plan.workspace.floats,), "f32", device)
-    named = dict(zip((*_NAMES, *EXTRA_NAMES), (q, k, v, out, dout, lse, dlse, dq, dk, dv, *extras), strict=True))
+    named = dict(zip((*_NAMES, *EXTRA_NAMES), (q, k, v, out, dout, lse, dlse, dq, dk, dv, dlearnable_sink, *extras), strict=True))
     given = {name: array for name, array in named.items() if array is not None}
     start, *found = library.pointers([workspace, *given.values()])
     addresses = dict.fromkeys(named, 0) | dict(zip(given, found, strict=True))
     _check_addresses(addresses)
     plan.run(addresses, start, library.current_stream(device), random_state)
-    return dq, dk, dv
+    return (dq, dk, dv) if dlearnable_sink is None else (dq, dk, dv, dlearnable_sink)
 
 
 _plans: dict[tuple[Any, ...], Fa2BwdPlan] = {}
@@ -119,7 +128,7 @@ _MAX_PLANS = 4096
 
 
 # Arrays of a call, those that any call may bring apart, in the order of this module's tuples; from out on, all but dout may be None.
-_NAMES = ("q", "k", "v", "out", "dout", "lse", "dlse", "dq", "dk", "dv")
+_NAMES = ("q", "k", "v", "out", "dout", "lse", "dlse", "dq", "dk", "dv", "dlearnable_sink")
 
 
 def _plan(library: ArrayLibrary, arrays: tuple[Any, ...], options: _Options, extras: tuple[Any, ...]) -> Fa2BwdPlan:
@@ -159,13 +168,13 @@ def _problem(
         if spec is None:
             raise InvalidArgument(f"{name} is None: dout, q, k and v are needed")
     assert dout is not None and q is not None and k is not None and v is not None
-    dq, dk, dv = gradients
+    dq, dk, dv, dlearnable_sink = gradients
     specs = (dout, q, k, v, out, lse, dlse, (dq, dk, dv))
-    extra_specs = ExtraSpecs.of(library, extras)
-    return BackwardProblem.from_specs(*specs, arch=arch, mask=mask, extras=extra_specs, num_sms=num_sms, **named)
+    named |= {"extras": ExtraSpecs.of(library, extras), "dlearnable_sink": dlearnable_sink}
+    return BackwardProblem.from_specs(*specs, arch=arch, mask=mask, num_sms=num_sms, **named)
 
 
-_OF_FLOATS = ("lse", "dlse", *EXTRA_NAMES)  # arrays of 4-byte numbers that are read one by one
+_OF_FLOATS = ("lse", "dlse", "dlearnable_sink", *EXTRA_NAMES)  # arrays of 4-byte numbers that are read one by one
 
 
 def _check_addresses(addresses: Mapping[str, int]) -> None:
@@ -176,8 +185,9 @@ def _check_addresses(addresses: Mapping[str, int]) -> None:
             raise InvalidArgument(f"{name} starts at address {address:#x}, not a multiple of {alignment} bytes; copy it to a fresh array")
 
 
-def _reference(arrays: tuple[Any, ...], options: _Options, extras: tuple[Any, ...], random_state: tuple[int, int]) -> tuple[Any, Any, Any]:
-    """The same call on NumPy arrays, in float64 from q, k, v and dout alone, rounded to q's dtype."""
+def _reference(arrays: tuple[Any, ...], options: _Options, extras: tuple[Any, ...], random_state: tuple[int, int]) -> tuple[Any, ...]:
+    """The same call on NumPy arrays, in float64 from q, k, v and dout alone, rounded to q's dtype (dlearnable_sink to
+    float32)."""
     from .dropout import dropout_mask
     from .reference import attention_backward
 
@@ -191,11 +201,12 @@ def _reference(arrays: tuple[Any, ...], options: _Options, extras: tuple[Any, ..
         sizes = (request.batch, request.num_heads_q, request.seqlen_q, request.seqlen_k)
         named["dropout_mask"] = dropout_mask(*random_state, request.dropout_p, *sizes)
     exact = attention_backward(dout, q, k, v, dlse=dlse, **named)
+    values = [value.astype(q.dtype) for value in (exact.dq, exact.dk, exact.dv)]
+    if exact.dlearnable_sink is not None:
+        values.append(exact.dlearnable_sink.astype("float32"))
     results = []
-    for given, value in zip(gradients, (exact.dq, exact.dk, exact.dv), strict=True):
-        rounded = value.astype(q.dtype)
+    for given, rounded in zip(gradients, values, strict=False):
         if given is not None:
             given[...] = rounded
         results.append(rounded if given is None else given)
-    dq, dk, dv = results
-    return dq, dk, dv
+    return tuple(results)

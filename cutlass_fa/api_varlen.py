@@ -28,6 +28,7 @@ def flash_attn_varlen_func(
     window_size: tuple[int, int] = (-1, -1),
     sink_tokens: int = 0,
     alibi_slopes: Any = None,
+    learnable_sink: Any = None,
     softcap: float = 0.0,
     dropout_p: float = 0.0,
     dropout_seed: int = 0,
@@ -65,7 +66,7 @@ def flash_attn_varlen_func(
     if check:
         check_sequences("q", cu_seqlens_q, seqused_q, max_seqlen_q, q.shape[0])
         check_sequences("k", cu_seqlens_k, seqused_k, max_seqlen_k, k.shape[0])
-    extras = (alibi_slopes, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    extras = (alibi_slopes, learnable_sink, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
     return forward(q, k, v, out, return_lse, options, extras, (dropout_seed, dropout_offset), backend)
 
 
@@ -88,6 +89,7 @@ def flash_attn_varlen_backward(
     window_size: tuple[int, int] = (-1, -1),
     sink_tokens: int = 0,
     alibi_slopes: Any = None,
+    learnable_sink: Any = None,
     softcap: float = 0.0,
     dropout_p: float = 0.0,
     dropout_seed: int = 0,
@@ -100,16 +102,17 @@ def flash_attn_varlen_backward(
     dq: Any = None,
     dk: Any = None,
     dv: Any = None,
+    dlearnable_sink: Any = None,
     check: bool = False,
     backend: str = "cuda",
-) -> tuple[Any, Any, Any]:
+) -> tuple[Any, ...]:
     """Gradients of flash_attn_varlen_func, as flash_attn_backward's.
 
     dout, out, dq: (total_q, num_heads_q, head_dim); dk, dv: (total_k, num_heads_kv, head_dim); lse, dlse: (num_heads_q, total_q).
     cu_seqlens, max_seqlen, seqused and check: as the forward had them. All other arguments as flash_attn_backward has them.
 
-    Returns (dq, dk, dv); rows that are not in use get 0. Raises what flash_attn_backward raises, and with check InvalidArgument and
-    SeqlenOverflow for the numbers.
+    Returns (dq, dk, dv), and dlearnable_sink where there is one; rows that are not in use get 0. Raises what flash_attn_backward raises,
+    and with check InvalidArgument and SeqlenOverflow for the numbers.
     """
     if q_offset is not None or k_offset is not None:
         check_offsets(q_offset, k_offset)  # before they are hashed
@@ -119,8 +122,9 @@ def flash_attn_varlen_backward(
     if check:
         check_sequences("q", cu_seqlens_q, seqused_q, max_seqlen_q, q.shape[0])
         check_sequences("k", cu_seqlens_k, seqused_k, max_seqlen_k, k.shape[0])
-    extras = (alibi_slopes, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
-    return backward((q, k, v, out, dout, lse, dlse, dq, dk, dv), options, extras, (dropout_seed, dropout_offset), backend)
+    extras = (alibi_slopes, learnable_sink, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    arrays = (q, k, v, out, dout, lse, dlse, dq, dk, dv, dlearnable_sink)
+    return backward(arrays, options, extras, (dropout_seed, dropout_offset), backend)
 
 
 def check_given(cu_seqlens_q: Any, cu_seqlens_k: Any) -> None:

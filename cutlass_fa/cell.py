@@ -125,6 +125,10 @@ class Cell(ABC):
         return self.key.sink
 
     @property
+    def has_learnable_sink(self) -> bool:
+        return self.key.learnable_sink
+
+    @property
     def has_alibi(self) -> bool:
         return self.key.alibi
 

@@ -31,6 +31,7 @@ _PRESENCE_FLAGS = (
     ("varlen", "packed sequences of varying length"),
     ("sliding_window", "a window around each query's position"),
     ("sink", "sink tokens"),
+    ("learnable_sink", "a learned logit without a key in each row"),
     ("alibi", "ALiBi bias"),
     ("paged", "K and V in a paged cache"),
     ("softcap", "scores capped by a tanh"),

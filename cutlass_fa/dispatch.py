@@ -16,7 +16,7 @@ from .arch.limits import ARCH_LIMITS, arch_problem
 from .errors import UnknownKey, UnsupportedCell
 
 FAMILIES = ("fa2", "fa3")
-DIRECTIONS = ("fwd", "bwd", "bwd_preprocess", "bwd_convert", "varlen_tiles")
+DIRECTIONS = ("fwd", "bwd", "bwd_preprocess", "bwd_convert", "bwd_reduce", "varlen_tiles")
 ARCHS = tuple(ARCH_LIMITS)  # those with tables; later ones are served too
 DTYPES = ("f16", "bf16", "e4m3", "e5m2")
 FP8_DTYPES = ("e4m3", "e5m2")
@@ -31,6 +31,7 @@ FLAG_WORDS = (
     ("sliding_window", "window"),
     ("alibi", "alibi"),
     ("sink", "sink"),
+    ("learnable_sink", "lsink"),
     ("paged", "paged"),
     ("offset", "offsets"),
     ("softcap", "softcap"),
@@ -46,14 +47,15 @@ class DispatchKey:
     """The identity of one cell; hashable, printable, parseable (`DispatchKey.parse(str(key)) == key`).
 
     family: "fa2" (mma.sync + cp.async, sm_80 and later) or "fa3" (TMA + WGMMA, sm_90a).
-    direction: "fwd", "bwd", or a pass beside them: "bwd_preprocess" before a backward, "bwd_convert" after it, "varlen_tiles" before what
-        works on packed sequences.
+    direction: "fwd", "bwd", or a pass beside them: "bwd_preprocess" before a backward, "bwd_convert" and "bwd_reduce" after it,
+        "varlen_tiles" before what works on packed sequences.
     arch: NVRTC's name of the target, e.g. "sm_90a"; any from sm_80 on.
     dtype: element type of q and k: "f16", "bf16", "e4m3" or "e5m2".
     head_dim: the cell's head_dim, one of 64, 80, 96, 128, 192, 256 (`cell_head_dim` rounds up).
-    causal, varlen, sliding_window, alibi, sink, paged, offset, softcap, dropout, float_out, deterministic, split: presence flags. offset:
-        the call says where its first query and key stand. float_out: out is written in float32. The last two are the backward's: dq is
-        summed in a fixed order; dk and dv are sums of parts that several CTAs make.
+    causal, varlen, sliding_window, alibi, sink, learnable_sink, paged, offset, softcap, dropout, float_out, deterministic, split: presence
+        flags. sink is of sink tokens, learnable_sink of logits without a key. offset: the call says where its first query and key stand.
+        float_out: out is written in float32. The last two are the backward's: dq is summed in a fixed order; dk and dv are sums of parts
+        that several CTAs make.
     gqa_ratio: query heads packed into a tile's rows; 1 where heads are not packed (the ratio is then a runtime number).
     v_dtype: element type of v; "" (the default) means that of q and k.
     """
@@ -68,6 +70,7 @@ class DispatchKey:
     sliding_window: bool = False
     alibi: bool = False
     sink: bool = False
+    learnable_sink: bool = False
     paged: bool = False
     offset: bool = False
     softcap: bool = False
@@ -191,11 +194,12 @@ class DispatchTable:
 
 # What has a template: (family, direction) -> the presence flags that it knows.
 BUILT_FLAGS: dict[tuple[str, str], tuple[str, ...]] = {
-    ("fa2", "fwd"): ("causal", "varlen", "sliding_window", "alibi", "sink", "offset", "softcap", "dropout", "float_out"),
-    ("fa3", "fwd"): ("causal", "varlen", "sliding_window", "alibi", "sink", "offset", "softcap", "float_out"),
+    ("fa2", "fwd"): ("causal", "varlen", "sliding_window", "alibi", "sink", "learnable_sink", "offset", "softcap", "dropout", "float_out"),
+    ("fa3", "fwd"): ("causal", "varlen", "sliding_window", "alibi", "sink", "learnable_sink", "offset", "softcap", "float_out"),
     ("fa2", "bwd"): ("causal", "varlen", "sliding_window", "alibi", "sink", "offset", "softcap", "dropout", "deterministic", "split"),
-    ("fa2", "bwd_preprocess"): ("varlen",),
+    ("fa2", "bwd_preprocess"): ("varlen", "learnable_sink"),
     ("fa2", "bwd_convert"): ("varlen", "split"),
+    ("fa2", "bwd_reduce"): (),
     ("fa2", "varlen_tiles"): (),
 }
 
@@ -233,6 +237,10 @@ def _semantic_reasons(key: DispatchKey) -> list[str]:
             "parts of dk and dv are added up as of one sequence: leave out varlen",
         ),
         (key.split and not backward, "split is the backward's: parts of dk and dv"),
+        (
+            key.learnable_sink and key.direction == "bwd",
+            "a backward's main kernel is the same with learnable_sink, which lse holds: bwd_preprocess makes the gradient",
+        ),
     )
     return [reason for refused, reason in checks if refused]
 
@@ -268,6 +276,8 @@ def _fa2_bwd(arch: str, dtype: str, head_dim: int, **features: Any) -> DispatchK
     return DispatchKey("fa2", "bwd", arch, dtype, head_dim, **features)
 
 
+_SINK_WINDOW = {"sliding_window": True, "sink": True}
+
 # The golden cells: one base cell per (family, direction) and architecture and one per flip; never the cross product.
 DISPATCH_TABLE = DispatchTable(
     (
@@ -289,8 +299,9 @@ DISPATCH_TABLE = DispatchTable(
         _fa3_fwd("bf16", 64, sliding_window=True),
         _fa3_fwd("bf16", 128, varlen=True),
         _fa3_fwd("bf16", 128, causal=True, varlen=True),
-        _fa3_fwd("bf16", 64, causal=True, varlen=True, sliding_window=True, alibi=True, sink=True, gqa_ratio=4),
+        _fa3_fwd("bf16", 64, varlen=True, alibi=True, learnable_sink=True, float_out=True, **_SINK_WINDOW, offset=True, gqa_ratio=4),
         _fa3_fwd("bf16", 128, causal=True, alibi=True, offset=True, float_out=True),
+        _fa3_fwd("bf16", 64, causal=True, sliding_window=True, learnable_sink=True),
         _fa2_fwd("sm_80", "bf16", 128),
         _fa2_fwd("sm_80", "bf16", 128, causal=True),
         _fa2_fwd("sm_80", "f16", 128, causal=True),
@@ -302,8 +313,9 @@ DISPATCH_TABLE = DispatchTable(
         _fa2_fwd("sm_80", "bf16", 64, sliding_window=True, sink=True),
         _fa2_fwd("sm_80", "bf16", 64, sliding_window=True, sink=True, offset=True, float_out=True),
         _fa2_fwd("sm_80", "bf16", 64, causal=True),
-        _fa2_fwd("sm_80", "bf16", 64, varlen=True, sliding_window=True, alibi=True, sink=True, dropout=True),
+        _fa2_fwd("sm_80", "bf16", 64, varlen=True, alibi=True, learnable_sink=True, dropout=True, **_SINK_WINDOW),
         _fa2_fwd("sm_90a", "bf16", 128, causal=True, varlen=True),
+        _fa2_fwd("sm_80", "bf16", 64, causal=True, learnable_sink=True),
         _fa2_fwd("sm_80", "bf16", 96),
         _fa2_fwd("sm_86", "bf16", 256, causal=True),
         _fa2_fwd("sm_89", "bf16", 128, causal=True),
@@ -318,7 +330,7 @@ DISPATCH_TABLE = DispatchTable(
         _fa2_bwd("sm_80", "f16", 64, sliding_window=True, alibi=True, sink=True),
         _fa2_bwd("sm_80", "bf16", 128, varlen=True),
         _fa2_bwd("sm_90a", "bf16", 128, causal=True, varlen=True),
-        _fa2_bwd("sm_90a", "f16", 64, causal=True, varlen=True, sliding_window=True, alibi=True, sink=True, dropout=True, split=True),
+        _fa2_bwd("sm_90a", "f16", 64, causal=True, varlen=True, alibi=True, offset=True, dropout=True, split=True, **_SINK_WINDOW),
         _fa2_bwd("sm_90a", "bf16", 64, causal=True, varlen=True, deterministic=True),
         _fa2_bwd("sm_80", "bf16", 64, causal=True, offset=True),
         _fa2_bwd("sm_86", "bf16", 256),
@@ -331,10 +343,12 @@ DISPATCH_TABLE = DispatchTable(
         _fa2_bwd("sm_120", "bf16", 128),
         DispatchKey("fa2", "varlen_tiles", "sm_80", *VARLEN_TILES_OF),
         DispatchKey("fa2", "bwd_preprocess", "sm_80", "bf16", 128),
-        DispatchKey("fa2", "bwd_preprocess", "sm_80", "bf16", 128, varlen=True),
+        DispatchKey("fa2", "bwd_preprocess", "sm_80", "bf16", 128, varlen=True, learnable_sink=True),
+        DispatchKey("fa2", "bwd_preprocess", "sm_80", "bf16", 128, learnable_sink=True),
         DispatchKey("fa2", "bwd_convert", "sm_80", "bf16", 128),
         DispatchKey("fa2", "bwd_convert", "sm_80", "bf16", 128, varlen=True),
         DispatchKey("fa2", "bwd_convert", "sm_90a", "bf16", 128),
         DispatchKey("fa2", "bwd_convert", "sm_90a", "bf16", 128, split=True),
+        DispatchKey("fa2", "bwd_reduce", "sm_80", "bf16", 128),
     )
 )

@@ -17,10 +17,11 @@ from .params import ParamField
 
 @dataclass(frozen=True)
 class ExtraSpecs:
-    """alibi_slopes: float32 (num_heads_q,) or (batch, num_heads_q). cu_seqlens_q, cu_seqlens_k: int32 (batch + 1,) of packed sequences;
-    seqused_q, seqused_k: int32 (batch,)."""
+    """alibi_slopes: float32 (num_heads_q,) or (batch, num_heads_q). learnable_sink: float32 (num_heads_q,). cu_seqlens_q, cu_seqlens_k:
+    int32 (batch + 1,) of packed sequences; seqused_q, seqused_k: int32 (batch,)."""
 
     alibi_slopes: ArraySpec | None = None
+    learnable_sink: ArraySpec | None = None
     cu_seqlens_q: ArraySpec | None = None
     cu_seqlens_k: ArraySpec | None = None
     seqused_q: ArraySpec | None = None
@@ -53,6 +54,8 @@ class ExtraSpecs:
         """Raises InvalidArgument, naming the array, where one is not what it should be, or not where q (..., num_heads_q, head_dim) is."""
         if self.alibi_slopes is not None:
             _check_slopes(self.alibi_slopes, batch, q.shape[-2])
+        if self.learnable_sink is not None:
+            check_per_head("learnable_sink", self.learnable_sink, q.shape[-2])
         for name, length in (("cu_seqlens_q", batch + 1), ("cu_seqlens_k", batch + 1), ("seqused_q", batch), ("seqused_k", batch)):
             spec = getattr(self, name)
             if spec is not None:
@@ -77,6 +80,13 @@ def check_device(name: str, spec: ArraySpec, q: ArraySpec) -> None:
     """Raises InvalidArgument unless the array is where q is."""
     if spec.device != q.device:
         raise InvalidArgument(f"{name} is on device {spec.device} and q on device {q.device}: all arrays must be on one GPU")
+
+
+def check_per_head(name: str, spec: ArraySpec, num_heads_q: int) -> None:
+    """Raises InvalidArgument, naming the array, unless it has one float32 for each query head."""
+    if spec.shape != (num_heads_q,):
+        raise InvalidArgument(f"{name} has shape {spec.shape}: expected ({num_heads_q},), a number a query head")
+    _check_numbers(name, spec, "float32")
 
 
 def _check_slopes(slopes: ArraySpec, batch: int, num_heads_q: int) -> None:

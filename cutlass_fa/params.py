@@ -89,6 +89,7 @@ _SINK_TOKENS = ParamField("sink_tokens", "int", "first keys, seen however far th
 _POSITION_SHIFT = ParamField("position_shift", "int", "q_offset - k_offset: query i stands at the index i + position_shift of the keys")
 ALIBI_SLOPES = ParamField("alibi_slopes", "float*", "(num_heads_q,) or (batch, num_heads_q)")
 ALIBI_STRIDE = ParamField("alibi_stride_batch", "int64_t", "elements; 0 where all sequences share the slopes")
+LEARNABLE_SINK = ParamField("learnable_sink", "float*", "(num_heads_q,) a logit without a key in each row of a head, -inf for none")
 _ALIBI_SCALE = ParamField("alibi_scale", "float", "log2(e) / softmax_scale_log2: a bias in units of the scores")
 
 DROPOUT_STATE = (  # after the addresses: a run writes them too
@@ -140,7 +141,7 @@ def fa2_fwd_params(key: DispatchKey) -> tuple[ParamField, ...]:
 
 def _extra_addresses(key: DispatchKey) -> tuple[ParamField, ...]:
     """Of extra arrays, in the order of extras.py; then what the list of tiles before the kernel makes."""
-    return (ALIBI_SLOPES,) * key.alibi + (*SEQUENCES, _TILE_LIST) * key.varlen
+    return (ALIBI_SLOPES,) * key.alibi + (LEARNABLE_SINK,) * key.learnable_sink + (*SEQUENCES, _TILE_LIST) * key.varlen
 
 
 def _forward_features(key: DispatchKey) -> tuple[ParamField, ...]:

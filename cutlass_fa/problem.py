@@ -75,9 +75,10 @@ class Problem:
         for name, spec in (("q", q), ("k", k), ("v", v)):
             check_rank(name, spec, packed)
         if packed:
-            out = fresh_like(q) if out is None else out
-            check_rank("out", out, packed)
-            q, k, v, out = (one_sequence(spec) for spec in (q, k, v, out))
+            if out is not None:
+                check_rank("out", out, packed)
+                out = one_sequence(out)
+            q, k, v = (one_sequence(spec) for spec in (q, k, v))
         check_same_dtype(q, k, v)
         check_shapes(q, k, v)
         num_heads_q, head_dim = q.shape[2:]
@@ -92,6 +93,7 @@ class Problem:
             mask=mask,
             sink_tokens=sink_tokens,
             position_bias=PositionBias(extras.alibi_slopes is not None),
+            learnable_sink=extras.learnable_sink is not None,
             softmax_scale=softmax_scale,
             softcap=softcap,
             dropout_p=dropout_p,
@@ -103,6 +105,7 @@ class Problem:
         like = replace(q, dtype="float32") if float_out else q
         if out is None:
             out = fresh_like(like)
+            out = replace(out, strides=(0, *out.strides[1:])) if packed else out
         if float_out and out.dtype != like.dtype:
             raise InvalidArgument(f"out has dtype {out.dtype}: expected float32, as out_dtype says")
         check_out(out, like)

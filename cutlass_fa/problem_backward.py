@@ -7,7 +7,7 @@ from typing import Any
 
 from .arrays import ArraySpec
 from .errors import InvalidArgument
-from .extras import NO_EXTRAS, ExtraSpecs, check_device
+from .extras import NO_EXTRAS, ExtraSpecs, check_device, check_per_head
 from .problem import (
     check_out,
     check_rank,
@@ -27,8 +27,8 @@ MAX_ROW_STRIDE = 2**31 - 1  # elements: the kernels multiply it as a 32-bit numb
 @dataclass(frozen=True)
 class BackwardProblem:
     """q, out, dout, dq (batch, seqlen_q, num_heads_q, head_dim); k, v, dk, dv (batch, seqlen_k, num_heads_kv, head_dim); lse and dlse
-    float32 (batch, num_heads_q, seqlen_q), dlse None where there is none;
-    strides in elements."""
+    float32 (batch, num_heads_q, seqlen_q), dlse None where there is none; dlearnable_sink float32 (num_heads_q,), None without
+    learnable_sink; strides in elements."""
 
     request: Fa2BwdRequest
     q: ArraySpec
@@ -41,6 +41,7 @@ class BackwardProblem:
     dq: ArraySpec
     dk: ArraySpec
     dv: ArraySpec
+    dlearnable_sink: ArraySpec | None = None
     extras: ExtraSpecs = NO_EXTRAS
 
     def shape_of(self, spec: ArraySpec) -> tuple[int, ...]:
@@ -60,12 +61,14 @@ class BackwardProblem:
         gradients: tuple[ArraySpec | None, ArraySpec | None, ArraySpec | None],
         *,
         recompute: bool,
+        dlearnable_sink: ArraySpec | None = None,
         extras: ExtraSpecs = NO_EXTRAS,
         max_seqlen_q: int | None = None,
         max_seqlen_k: int | None = None,
         **options: Any,
     ) -> BackwardProblem:
-        """Check the arrays of a backward call and describe it. gradients: dq, dk, dv; None: a fresh contiguous array.
+        """Check the arrays of a backward call and describe it. gradients: dq, dk, dv; None: a fresh contiguous array,
+        as of dlearnable_sink where the call has learnable_sink.
 
         options: fields of Fa2BwdRequest that no array says. Raises InvalidArgument (rank, shape, stride, device, a mix of dtypes, out or
         lse missing; names the argument), UnsupportedDtype, and everything that Fa2BwdRequest raises.
@@ -91,6 +94,7 @@ class BackwardProblem:
             dtype=q.dtype,
             recompute=recompute,
             position_bias=PositionBias(extras.alibi_slopes is not None),
+            learnable_sink=extras.learnable_sink is not None,
             **options,
         )
         lse_like = ArraySpec((batch, num_heads_q, seqlen_q), contiguous_strides((batch, num_heads_q, seqlen_q)), "float32", q.device)
@@ -109,7 +113,8 @@ class BackwardProblem:
                 _check_per_row(name, per_row, lse_like)
                 check_device(name, per_row, q)
         extras.check(q, request.batch)
-        return cls(request, q, k, v, out, dout, lse, dlse, dq, dk, dv, extras)
+        dlearnable_sink = _sink_gradient(dlearnable_sink, extras.learnable_sink, q)
+        return cls(request, q, k, v, out, dout, lse, dlse, dq, dk, dv, dlearnable_sink, extras)
 
 
 def _one_sequence_per_row(spec: ArraySpec) -> ArraySpec:
@@ -127,6 +132,18 @@ def _kept(spec: ArraySpec | None, fresh: ArraySpec, name: str, recompute: bool) 
             f"{name} {state} and recompute={recompute}: pass what the forward returned, or recompute=True and None for both"
         )
     return fresh if spec is None else spec
+
+
+def _sink_gradient(spec: ArraySpec | None, learnable_sink: ArraySpec | None, q: ArraySpec) -> ArraySpec | None:
+    """dlearnable_sink: given, or to be made, or None where there is nothing that it is the gradient by."""
+    if learnable_sink is None:
+        if spec is not None:
+            raise InvalidArgument("dlearnable_sink is given and learnable_sink is None: there is no such gradient")
+        return None
+    if spec is not None:
+        check_per_head("dlearnable_sink", spec, q.shape[2])
+        check_device("dlearnable_sink", spec, q)
+    return spec or ArraySpec((q.shape[2],), (1,), "float32", q.device)
 
 
 def _check_row_stride(name: str, spec: ArraySpec) -> None:

@@ -151,9 +151,9 @@ class AttentionRequest:
     cu_seqlens, q (total_q, num_heads_q, head_dim); k, v (total_k, num_heads_kv, head_dim) and at most seqlen_q and seqlen_k of a sequence.
 
     dtype: "f16" or "bf16". softmax_scale: default 1 / sqrt(head_dim). softcap: scores become softcap * tanh(score / softcap); 0 (the
-    default): as they are. dropout_p: the share of probabilities set to 0, in [0, 1). q_offset, k_offset: positions of the first query and
-    of the first key, for mask and bias; given one, the other is 0; given neither, the last query stands at the last key. arch: NVRTC's
-    name of the target GPU.
+    default): as they are. learnable_sink: whether each row's denominator has a logit without a key (the logits are a runtime array).
+    dropout_p: the share of probabilities set to 0, in [0, 1). q_offset, k_offset: positions of the first query and of the first key, for
+    mask and bias; given one, the other is 0; given neither, the last query stands at the last key. arch: NVRTC's name of the target GPU.
     Raises EmptyBatch, ZeroSeqlen, SeqlenOverflow, InvalidGqaRatio, UnsupportedHeadDim, UnsupportedDtype, SinkWithoutMask, InvalidArgument.
     """
 
@@ -167,6 +167,7 @@ class AttentionRequest:
     mask: MaskKind = field(default_factory=Full)
     sink_tokens: int = 0
     position_bias: PositionBias = PositionBias()
+    learnable_sink: bool = False
     softmax_scale: float | None = None
     softcap: float = 0.0
     dropout_p: float = 0.0
@@ -257,6 +258,7 @@ class AttentionRequest:
             alibi=self.position_bias.alibi,
             sink=self.sink_tokens > 0 and self.mask.is_sliding,  # a causal mask alone shows them anyway
             offset=self._has_offset,
+            learnable_sink=self.learnable_sink,
             softcap=self.softcap > 0,
             dropout=self.dropout_p > 0,
         )
@@ -359,18 +361,20 @@ class Fa2BwdRequest(AttentionRequest):
 
     def dispatch_key(self) -> DispatchKey:
         """The main kernel; whether it exists is DISPATCH_TABLE's to say."""
-        return replace(self._key("fa2", "bwd"), deterministic=self.deterministic, split=self.splits > 1)
+        key = replace(self._key("fa2", "bwd"), learnable_sink=False)  # lse, which it is given, holds the logits
+        return replace(key, deterministic=self.deterministic, split=self.splits > 1)
 
     def dispatch_keys(self) -> tuple[DispatchKey, ...]:
         """Every kernel of the call: the forward's where it recomputes, the list of key blocks of packed sequences (not where it is
-        deterministic), preprocess, main, convert."""
+        deterministic), preprocess, main, convert, the parts' convert where it is split, reduce where it has learnable_sink."""
         main = self.dispatch_key()
         plain = DispatchKey("fa2", "bwd", self.arch, self.dtype, main.head_dim)
-        convert = replace(plain, direction="bwd_convert", varlen=main.varlen)
-        passes = (replace(plain, direction="bwd_preprocess", varlen=main.varlen), main, convert)
+        preprocess = replace(plain, direction="bwd_preprocess", varlen=main.varlen, learnable_sink=self.learnable_sink)
+        passes = (preprocess, main, replace(plain, direction="bwd_convert", varlen=main.varlen))
         parts = (replace(plain, direction="bwd_convert", split=True),) * main.split
+        sums = (replace(plain, direction="bwd_reduce"),) * self.learnable_sink
         tiles = (varlen_tiles_key(self.arch),) * (main.varlen and not main.deterministic)
-        return (*(self.forward().dispatch_keys() if self.recompute else ()), *tiles, *passes, *parts)
+        return (*(self.forward().dispatch_keys() if self.recompute else ()), *tiles, *passes, *parts, *sums)
 
     def forward(self) -> FwdRequest:
         """The forward that this is the backward of."""

@@ -47,6 +47,11 @@ def _slopes(xp: ModuleType, batch: int, heads: int) -> Any:
     return (0.7 * xp.float32(2) ** -xp.arange(np.prod(shape), dtype=np.float32) - np.float32(0.02)).astype(np.float32).reshape(shape)
 
 
+def _sinks(xp: ModuleType, heads: int) -> Any:
+    """Logits among the scores' log-sum-exp, and of a third head none."""
+    return xp.asarray(np.resize(np.array([1.5, 4.0, -np.inf, -0.5], np.float32), heads))
+
+
 @dataclass(frozen=True, eq=False)
 class Inputs:
     """What flash_attn_backward takes; `call` are its options, `options` the same for the reference."""
@@ -77,6 +82,7 @@ class Inputs:
         sink: bool = False,
         alibi: bool = False,
         offset: bool = False,
+        learnable_sink: bool = False,
     ) -> Inputs:
         """Fresh numbers; out and lse are the reference's, out rounded to the dtype as a forward's is."""
         heads, seqlens, element = case.groups * case.ratio, case.seqlens, DTYPES[dtype]
@@ -99,6 +105,7 @@ class Inputs:
         options |= {"sink_tokens": case.sinks} if sink else {}
         options |= {"alibi_slopes": _slopes(xp, case.batch, heads)} if alibi else {}
         options |= {"q_offset": case.offsets[0], "k_offset": case.offsets[1]} if offset else {}
+        options |= {"learnable_sink": _sinks(xp, heads)} if learnable_sink else {}
         call = dict(options)
         if case.softmax_scale is not None:
             options["softmax_scale"] = call["softmax_scale"] = case.softmax_scale

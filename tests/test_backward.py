@@ -19,6 +19,7 @@ from cutlass_fa.cells.fa2_bwd import Fa2BwdCell, fa2_bwd_params
 from cutlass_fa.dispatch import CELL_HEAD_DIMS, DISPATCH_TABLE, DispatchKey
 from cutlass_fa.dropout import dropout_mask
 from cutlass_fa.explain import keys_of
+from cutlass_fa.extras import ExtraSpecs
 from cutlass_fa.launches.fa2_bwd import Workspace, launches_of
 from cutlass_fa.layouts import PaddedTile, ldmatrix_coordinates, mma_a_coordinates
 from cutlass_fa.params import params_dtype
@@ -59,11 +60,20 @@ def test_a_call_names_every_kernel() -> None:
     ]
     split = replace(REQUEST, num_splits=3)
     assert [str(key) for key in split.dispatch_keys()][-1] == "fa2_bwd_convert_sm90a_bf16_hdim128_split" and split.dispatch_key().split
+    with_sinks = replace(split, recompute=True, learnable_sink=True, mask=Causal())
+    assert [str(key) for key in with_sinks.dispatch_keys()] == [
+        "fa3_fwd_sm90a_bf16_hdim128_causal_lsink",
+        "fa2_bwd_preprocess_sm90a_bf16_hdim128_lsink",
+        "fa2_bwd_sm90a_bf16_hdim128_causal_split",
+        "fa2_bwd_convert_sm90a_bf16_hdim128",
+        "fa2_bwd_convert_sm90a_bf16_hdim128_split",
+        "fa2_bwd_reduce_sm90a_bf16_hdim128",
+    ]
     with_forward = replace(REQUEST, recompute=True, mask=Causal(), num_splits=1)
     assert str(with_forward.dispatch_keys()[0]).startswith("fa3_fwd_sm90a_bf16_hdim128_causal")
     assert str(replace(with_forward, dropout_p=0.1).dispatch_keys()[0]) == "fa2_fwd_sm90a_bf16_hdim128_causal_dropout"
     assert keys_of(split) == split.dispatch_keys() and keys_of(names[1]) == (DispatchKey.parse(names[1]),)
-    for each in (*with_forward.dispatch_keys(), *split.dispatch_keys()):
+    for each in (*with_forward.dispatch_keys(), *split.dispatch_keys(), *with_sinks.dispatch_keys()):
         assert DISPATCH_TABLE.why_not(each) == []
 
 
@@ -95,6 +105,10 @@ def problem(**changes: Any) -> BackwardProblem:
     return BackwardProblem.from_specs(**arguments)
 
 
+SINKS = spec(8, dtype="float32")
+WITH_SINKS = ExtraSpecs(learnable_sink=SINKS)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -114,6 +128,12 @@ def problem(**changes: Any) -> BackwardProblem:
         ({"gradients": (None, None, spec(2, 150, 2, 64, strides=(20000, 129, 64, 1)))}, "dv has strides .* dimension 1"),
         ({"q": spec(2, 100, 8, 64, strides=(2**40, 2**31, 64, 1))}, "q has 2147483648 elements from one row to the next"),
         ({"out": spec(2, 100, 8, 64, device=1)}, "out is on device 1"),
+        ({"dlearnable_sink": SINKS}, "dlearnable_sink is given and learnable_sink is None"),
+        ({"extras": ExtraSpecs(learnable_sink=spec(2, 8, dtype="float32"))}, r"learnable_sink has shape \(2, 8\): expected \(8,\)"),
+        ({"extras": WITH_SINKS, "dlearnable_sink": spec(4, dtype="float32")}, r"dlearnable_sink has shape \(4,\)"),
+        ({"extras": WITH_SINKS, "dlearnable_sink": spec(8)}, "dlearnable_sink has dtype bf16"),
+        ({"extras": WITH_SINKS, "dlearnable_sink": spec(8, dtype="float32", strides=(0,))}, "dlearnable_sink has strides"),
+        ({"extras": WITH_SINKS, "dlearnable_sink": spec(8, dtype="float32", device=1)}, "dlearnable_sink is on device 1"),
     ],
 )
 def test_arrays_are_checked_by_name(change: dict[str, Any], words: str) -> None:
@@ -129,7 +149,7 @@ def test_a_broadcast_dout_is_read_and_fresh_gradients_are_contiguous() -> None:
 # ---- launches ------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"deterministic": True, "num_copies": 2}, {"num_splits": 5}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"deterministic": True, "num_copies": 2}, {"num_splits": 5}, {"extras": WITH_SINKS}], ids=str)
 def test_workspace_parts_do_not_overlap_and_hold_what_kernels_write(options: dict[str, Any]) -> None:
     made = problem(**options)
     request = made.request
@@ -138,8 +158,8 @@ def test_workspace_parts_do_not_overlap_and_hold_what_kernels_write(options: dic
     rows = 2 * 8 * request.blocks[0] * cell.tile_m
     parts = request.splits * 2 * 2 * 150 * 64 if request.splits > 1 else 0
     workspace = Workspace.of(made, cell)
-    places = [workspace.lse_log2, workspace.dpsum, workspace.dq_acc, workspace.dk_parts, workspace.dv_parts, 4 * workspace.floats]
-    needed = [4 * size for size in (rows, rows, request.copies * rows * 64, parts, parts)]
+    places = [*workspace.places.values(), 4 * workspace.floats]
+    needed = [4 * size for size in (rows, rows, request.copies * rows * 64, parts, parts, rows // cell.tile_m * request.learnable_sink)]
     assert all(start % 256 == 0 and start + size <= end for start, size, end in zip(places[:-1], needed, places[1:], strict=True))
 
 
@@ -154,6 +174,16 @@ def test_launches_cover_every_block() -> None:
     assert launches[3].addresses == ("dk", "dk_parts") and launches[4].addresses == ("dv", "dv_parts")
     assert float(launches[3].params["scale"][0]) == pytest.approx(0.125) and float(launches[4].params["scale"][0]) == 1.0
     assert launches[3].grid * cells[launches[3].key].threads * 4 >= 2 * 2 * 150 * 64
+
+
+def test_the_gradient_of_learnable_sinks_is_reduced_last() -> None:
+    made = problem(num_splits=5, extras=WITH_SINKS)
+    assert made.dlearnable_sink == SINKS and problem().dlearnable_sink is None
+    cells = {key: Cell.of(key) for key in made.request.dispatch_keys()}
+    first, *_, last = launches_of(made, cells)
+    assert first.addresses[-2:] == ("learnable_sink", "learnable_sink_parts")
+    assert last.addresses == ("learnable_sink_parts", "dlearnable_sink") and last.grid == 8
+    assert last.params["num_parts"] * last.grid == first.grid, "one part of each CTA"
 
 
 def test_a_stride_of_one_element_may_be_any_number() -> None:
@@ -249,6 +279,22 @@ def test_reference_backend() -> None:
         assert got.dtype == given["q"].dtype and (got == expected.astype(got.dtype)).all()
     again = cutlass_fa.flash_attn_backward(*given.values(), recompute=True, dlse=dlse, backend="reference", **options)
     assert all((a == b).all() for a, b in zip(result, again, strict=True))
+
+
+def test_reference_backend_with_learnable_sinks() -> None:
+    given = arrays()
+    sinks, into = np.array([0.5, -np.inf, 3.0, -1.0], np.float32), np.zeros(4, np.float32)
+    options: dict[str, Any] = {"causal": True, "learnable_sink": sinks, "backend": "reference"}
+    out, lse = cutlass_fa.flash_attn_func(given["q"], given["k"], given["v"], return_lse=True, **options)
+    assert (lse >= sinks[:, None]).all()
+    result = cutlass_fa.flash_attn_backward(*given.values(), out, lse, dlearnable_sink=into, **options)
+    exact = attention_backward(*given.values(), causal=True, learnable_sink=sinks)
+    assert exact.dlearnable_sink is not None and len(result) == 4 and result[3] is into
+    assert (into == exact.dlearnable_sink.astype(np.float32)).all() and into[1] == 0
+    again = cutlass_fa.flash_attn_backward(*given.values(), recompute=True, **options)
+    assert all((a == b).all() for a, b in zip(result, again, strict=True)) and again[3].dtype == np.float32
+    with pytest.raises(errors.InvalidArgument, match="dlearnable_sink is given and learnable_sink is None"):
+        cutlass_fa.flash_attn_backward(*given.values(), recompute=True, dlearnable_sink=into, backend="reference")
 
 
 def test_calls_that_cannot_be_served_say_why() -> None:

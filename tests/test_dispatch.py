@@ -48,7 +48,7 @@ def test_names_parse_back_and_are_unique() -> None:
 def test_name_leaves_out_defaults() -> None:
     assert str(BASE) == "fa3_fwd_sm90a_bf16_hdim128"
     full = DispatchKey("fa3", "fwd", "sm_90a", "e4m3", 64, gqa_ratio=4, v_dtype="e5m2", **{field: True for field, _ in FLAG_WORDS})
-    words = "causal_varlen_window_alibi_sink_paged_offsets_softcap_dropout_f32out_deterministic_split"
+    words = "causal_varlen_window_alibi_sink_lsink_paged_offsets_softcap_dropout_f32out_deterministic_split"
     assert str(full) == f"fa3_fwd_sm90a_e4m3_ve5m2_hdim64_{words}_gqa4"
     assert str(DispatchKey("fa2", "bwd_preprocess", "sm_80", "bf16", 128)) == "fa2_bwd_preprocess_sm80_bf16_hdim128"
 
@@ -91,6 +91,8 @@ def test_key_refuses_unknown_words() -> None:
         ({"direction": "bwd", "paged": True}, "no backward"),
         ({"deterministic": True}, "every forward is"),
         ({"direction": "bwd_convert"}, "bwd_convert is not built yet"),
+        ({"family": "fa2", "direction": "bwd", "learnable_sink": True}, "the same with learnable_sink"),
+        ({"family": "fa2", "direction": "bwd_convert", "learnable_sink": True}, "learnable_sink is not built yet in the fa2 bwd_convert"),
     ],
 )
 def test_why_not_names_the_obstacle(change: dict[str, object], words: str) -> None:
@@ -113,8 +115,8 @@ def test_valid_keys_are_what_lookup_serves() -> None:
     combinations = 2 * len(CELL_HEAD_DIMS)  # dtypes x head_dims
     masks = 12 + 11  # causal, alibi, and a window, which may have sink tokens: each with offsets too, but for none of them
     counts = Counter((key.family, key.direction) for key in valid)
-    assert counts["fa3", "fwd"] == combinations * 2**2 * masks  # softcap, float_out
-    assert counts["fa2", "fwd"] == combinations * 2**3 * masks * len(ARCHS)  # softcap, dropout, float_out
+    assert counts["fa3", "fwd"] == combinations * 2**4 * masks  # varlen, lsink, softcap, float_out
+    assert counts["fa2", "fwd"] == combinations * 2**5 * masks * len(ARCHS)  # varlen, lsink, softcap, dropout, float_out
     assert set(counts) == set(BUILT_FLAGS)
     assert all(DISPATCH_TABLE.lookup(key) is key for key in valid)
     assert {replace(key, gqa_ratio=1) for key in DISPATCH_TABLE} <= set(valid)

@@ -119,6 +119,11 @@ def alibi_slopes(q: np.ndarray) -> np.ndarray:
     return (0.7 * np.float32(2) ** -np.arange(np.prod(shape), dtype=np.float32) - np.float32(0.0875)).reshape(shape)
 
 
+def learnable_sinks(heads: int) -> np.ndarray:
+    """A logit among the scores, none, one above them all, one below."""
+    return np.resize(np.array([1.5, -np.inf, 20.0, -9.0], np.float32), heads)
+
+
 def features(cell: Cell, q: np.ndarray, k: np.ndarray, case: Case) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a call of the cell's features is given, and what the reference is told of it."""
     called: dict[str, Any] = {}
@@ -132,6 +137,8 @@ def features(cell: Cell, q: np.ndarray, k: np.ndarray, case: Case) -> tuple[dict
     if cell.has_offset:
         called |= {"q_offset": case.offsets[0], "k_offset": case.offsets[1]}
         expected |= called
+    if cell.has_learnable_sink:
+        called["learnable_sink"] = expected["learnable_sink"] = learnable_sinks(q.shape[2])
     if cell.has_softcap:
         called["softcap"] = expected["softcap"] = 5.0
     if cell.has_dropout:
@@ -168,6 +175,50 @@ def test_broadcast_keys(build: Build) -> None:
     k, v = (np.broadcast_to(x[:1], x.shape) for x in (k, v))
     result = run_forward(cell, q, k, v, seed=2, program=build(SMALLEST))
     check_forward(result.out, result.lse, q, k, v, case="broadcast", causal=True)
+
+
+SINKS = [key for key in GOLDEN if key.learnable_sink]
+
+
+@pytest.mark.parametrize("key", SINKS, ids=str)
+def test_learnable_sinks_far_from_the_scores(build: Build, key: DispatchKey) -> None:
+    """No overflow to infinity or NaN on either side; a row without keys (the first 70) has the logit as lse, and -inf is no logit."""
+    sinks = np.array([2000.0, -2000.0, 1e30, -1e30, 3e-39, -np.inf], np.float32)
+    cell = Cell.of(key)
+    q, k, v = Case((200, 130), ratio=6, sharpness=4).arrays(cell, seed=3)
+    options: dict[str, Any] = {"learnable_sink": sinks} | ({"window_size": (40, 0)} if key.sliding_window else {})
+    for seed in SEEDS:
+        result = run_forward(cell, q, k, v, seed=seed, program=build(key), **options)
+        check_forward(result.out, result.lse, q, k, v, case=f"{key} seed {seed}", causal=key.causal, **options)
+        assert (result.lse[0, :, :70] == sinks[:, None]).all() and not result.out[:, :70].any()
+        assert (result.lse[0, (0, 2)] == sinks[[0, 2], None]).all() and not result.out[:, :, (0, 2)].any()
+
+
+@pytest.mark.parametrize("key", SINKS, ids=str)
+def test_a_learnable_sink_of_minus_infinity_is_none(build: Build, key: DispatchKey) -> None:
+    """The bits of the kernel without."""
+    plain = replace(key, learnable_sink=False)
+    q, k, v = Case((100, 300), ratio=2).arrays(Cell.of(key), seed=3)
+    options: dict[str, Any] = {"window_size": (40, 0)} if key.sliding_window else {}
+    sinks = np.full(2, -np.inf, np.float32)
+    result = run_forward(Cell.of(key), q, k, v, seed=0, program=build(key), learnable_sink=sinks, **options)
+    expected = run_forward(Cell.of(plain), q, k, v, seed=0, program=build(plain), **options)
+    ulp = float(ml_dtypes.finfo(q.dtype).eps) * float(np.abs(expected.out.astype(np.float32)).max())
+    assert float(np.abs(result.out.astype(np.float32) - expected.out.astype(np.float32)).max()) <= ulp
+    assert float(np.abs(result.lse - expected.lse).max()) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "fa3_fwd_sm90a_f16_hdim128_causal_window_alibi_sink_lsink_softcap_gqa3",
+        "fa2_fwd_sm90a_bf16_hdim96_window_alibi_sink_lsink_softcap_dropout",
+    ],
+)
+def test_learnable_sinks_with_everything_else(build: Build, key: str) -> None:
+    parsed = DispatchKey.parse(key)
+    for seed in SEEDS:
+        run(Cell.of(parsed), build(parsed), Case((50, 200), batch=2, groups=2, ratio=2), seed)
 
 
 @pytest.mark.parametrize("ratio", [3, 5])

@@ -123,15 +123,17 @@ def test_a_misfit_is_named() -> None:
             misfit.check_limits()
 
 
-@pytest.mark.parametrize("features", list(np.ndindex((2,) * 7)), ids=str)
+@pytest.mark.parametrize("features", list(np.ndindex((2,) * 8)), ids=str)
 def test_params_have_no_holes(features: tuple[int, ...]) -> None:
-    flags = dict(zip(("causal", "softcap", "dropout", "sliding_window", "sink", "alibi", "offset"), map(bool, features), strict=True))
+    names = ("causal", "softcap", "dropout", "sliding_window", "sink", "alibi", "learnable_sink", "offset")
+    flags = dict(zip(names, map(bool, features), strict=True))
     fields = fa2_fwd_params(DispatchKey("fa2", "fwd", "sm_80", "bf16", 128, **flags))
     dtype = params_dtype(fields)
     offsets = [dtype.fields[field.name][1] for field in fields]
     expected = np.cumsum([0, *(field.size_bytes for field in fields)])
     assert offsets == expected[:-1].tolist() and dtype.itemsize == -(-expected[-1] // 8) * 8
-    written = ["q", "k", "v", "o", "lse"] + ["alibi_slopes"] * features[5] + ["dropout_seed", "dropout_offset"] * features[2]
+    written = ["q", "k", "v", "o", "lse"] + ["alibi_slopes"] * features[5] + ["learnable_sink"] * features[6]
+    written += ["dropout_seed", "dropout_offset"] * features[2]
     assert [field.name for field in fields[: len(written)]] == written, "the words that a run writes, in this order"
 
 

@@ -195,6 +195,7 @@ EXPECTED_INSTRUCTIONS = {
     ("fa2", "bwd"): fa2_bwd_instructions,
     ("fa2", "bwd_preprocess"): fa2_bwd_pass_instructions,
     ("fa2", "bwd_convert"): fa2_bwd_pass_instructions,
+    ("fa2", "bwd_reduce"): fa2_bwd_pass_instructions,
 }
 
 

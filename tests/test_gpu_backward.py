@@ -48,6 +48,8 @@ class Call:
     def gradients(self, inputs: Inputs, **more: Any) -> Gradients:
         """Of one call, written over NaN with the layout of q, k and v."""
         buffers = {name: poisoned_like(x) for name, x in (("dq", inputs.q), ("dk", inputs.k), ("dv", inputs.v))}
+        if "learnable_sink" in inputs.call:
+            buffers["dlearnable_sink"] = poisoned_like(inputs.call["learnable_sink"])
         arguments: dict[str, Any] = {**inputs.call, "deterministic": self.deterministic, "dlse": inputs.dlse, **buffers, **more}
         returned = cutlass_fa.flash_attn_backward(inputs.dout, inputs.q, inputs.k, inputs.v, inputs.out, inputs.lse, **arguments)
         assert all(given is None or got is given for given, got in zip((arguments[n] for n in buffers), returned, strict=True))

@@ -44,6 +44,7 @@ def test_executor_and_gpu_agree(key: DispatchKey, record_property: Callable[[str
     masks |= {"q_offset": 150, "k_offset": 3} if key.offset else {}
     places = {name: value for name, value in masks.items() if name.endswith("_offset")}
     slopes = np.float32(2) ** -np.arange(heads["num_heads_q"], dtype=np.float32) if key.alibi else None
+    sinks = np.linspace(-2, 3, heads["num_heads_q"], dtype=np.float32) if key.learnable_sink else None
     request = forward_request(
         key.family,
         None,
@@ -55,6 +56,7 @@ def test_executor_and_gpu_agree(key: DispatchKey, record_property: Callable[[str
         mask=Window(*window, key.causal),
         sink_tokens=sink_tokens,
         position_bias=PositionBias(key.alibi),
+        learnable_sink=key.learnable_sink,
         softcap=softcap,
         dropout_p=0.0,
         float_out=key.float_out,
@@ -66,14 +68,15 @@ def test_executor_and_gpu_agree(key: DispatchKey, record_property: Callable[[str
     q, k, v = random_qkv(
         np, np.random.default_rng(), batch=2, seqlen_q=seqlen_q, seqlen_k=seqlen_k, head_dim=key.head_dim, dtype=DTYPES[key.dtype], **heads
     )
-    on_cpu = run_forward(Cell.of(key), q, k, v, seed=0, softcap=softcap, alibi_slopes=slopes, **masks)
+    on_cpu = run_forward(Cell.of(key), q, k, v, seed=0, softcap=softcap, alibi_slopes=slopes, learnable_sink=sinks, **masks)
     # CuPy makes 16-bit brain floats from their bits
     arrays = [cupy.asarray(x.view(np.uint16)).view(x.dtype) for x in (q, k, v)]
     options = {"causal": key.causal, "softcap": softcap, **masks}
-    on_gpu = None if slopes is None else cupy.asarray(slopes)
+    extras = {name: x for name, x in (("alibi_slopes", slopes), ("learnable_sink", sinks)) if x is not None}
+    on_gpu = {name: cupy.asarray(x) for name, x in extras.items()}
     written = {"return_lse": True, "out_dtype": "float32" if key.float_out else None}
-    out, lse = cutlass_fa.flash_attn_func(*arrays, family=key.family, alibi_slopes=on_gpu, **written, **options)
-    options["alibi_slopes"] = slopes
+    out, lse = cutlass_fa.flash_attn_func(*arrays, family=key.family, **on_gpu, **written, **options)
+    options |= extras
     out, lse = out.view(np.uint8).get().view(on_cpu.out.dtype), lse.get()
     check_forward(out, lse, q, k, v, case=f"{key} on the GPU", **options)
     check_forward(on_cpu.out, on_cpu.lse, q, k, v, case=f"{key} on the executor", **options)

@@ -356,5 +356,8 @@ def test_refusals_launch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for slopes in (cupy.zeros(3, np.float32), cupy.zeros(2, np.float16), cupy.zeros(4, np.float32)[::2], np.zeros(2, np.float32)):
         with pytest.raises(errors.InvalidArgument, match="alibi_slopes"):
             attend(q, k, v, alibi_slopes=slopes)
+    for sinks in (cupy.zeros(3, np.float32), cupy.zeros(2, np.float16), cupy.zeros((1, 2), np.float32), np.zeros(2, np.float32)):
+        with pytest.raises(errors.InvalidArgument, match="learnable_sink"):
+            attend(q, k, v, learnable_sink=sinks)
     with pytest.raises(errors.UnsupportedCell, match="not built yet"):
         attend(q, k, v, dropout_p=0.1, family="fa3")

@@ -1,4 +1,4 @@
-"""Masks on a GPU, the forward of both families and the backward, by the test rule against float64 with the whole mask in memory."""
+"""Masks, biases and learnable sinks on a GPU, the forward of both families and the backward, by the test rule against float64."""
 
 from __future__ import annotations
 
@@ -26,19 +26,22 @@ WINDOWS = ((0, 0), (5, 70), (128, 0), (300, 33), (700, -1), (-1, 100), (1000, 10
 
 @dataclass(frozen=True)
 class Masks:
-    """What a call's mask is made of, beside causality."""
+    """What a call's mask is made of, beside causality, and whether rows have a logit without a key."""
 
     window: tuple[int, int] = (-1, -1)
     sink: int = 0
     softcap: float = 0.0
     alibi: str = "none"  # or "heads": slopes of each head; "batch": of each sequence's heads
+    learnable_sink: bool = False
 
     def __str__(self) -> str:
-        return f"window{self.window[0]}.{self.window[1]}-sink{self.sink}-softcap{self.softcap:g}-alibi.{self.alibi}"
+        words = f"window{self.window[0]}.{self.window[1]}-sink{self.sink}-softcap{self.softcap:g}-alibi.{self.alibi}"
+        return words + "-lsink" * self.learnable_sink
 
     def arguments(self, q: Any) -> dict[str, Any]:
         """The call's, which are the reference's too."""
-        return {"window_size": self.window, "sink_tokens": self.sink, "softcap": self.softcap, "alibi_slopes": self.slopes(q)}
+        options = {"window_size": self.window, "sink_tokens": self.sink, "softcap": self.softcap, "alibi_slopes": self.slopes(q)}
+        return options | ({"learnable_sink": learnable_sinks(q.shape[2])} if self.learnable_sink else {})
 
     def slopes(self, q: Any) -> Any:
         import cupy
@@ -47,6 +50,15 @@ class Masks:
         if self.alibi == "none":
             return None
         return cupy.random.uniform(-0.05, 1, (heads,) if self.alibi == "heads" else (batch, heads), np.float32)
+
+
+def learnable_sinks(heads: int) -> Any:
+    """Fresh logits, of which some outweigh all keys and some none; the last head of several has none."""
+    import cupy
+
+    sinks = cupy.random.uniform(-6, 9, heads, np.float32)
+    sinks[1:][-1:] = -np.inf
+    return sinks
 
 
 def check(case: Case, masks: Masks, family: str) -> tuple[Any, Any]:
@@ -71,11 +83,15 @@ def covering_cases() -> list[Any]:
         "sink": (0, 4, 200),
         "softcap": (0.0, 20.0),
         "alibi": ("none", "heads", "batch"),
+        "learnable_sink": (False, True),
         "order": ("bshd", "bhsd"),
     }
     cases = []
     for chosen in covering(factors, 2):
-        family, masks = chosen.pop("family"), Masks(*(chosen.pop(name) for name in ("window", "sink", "softcap", "alibi")))
+        family, masks = (
+            chosen.pop("family"),
+            Masks(*(chosen.pop(name) for name in ("window", "sink", "softcap", "alibi", "learnable_sink"))),
+        )
         if masks.window == (-1, -1) and not chosen["causal"]:
             masks = replace(masks, sink=0)  # refused: every key is visible
         case = Case(**chosen)
@@ -113,6 +129,35 @@ def test_alibi(family: str, causal: bool, alibi: str, seqlens: tuple[int, int]) 
     check(Case("bf16", 128, causal, "gqa4", seqlens), Masks(alibi=alibi), family)
 
 
+@pytest.mark.parametrize("seqlens", SEQLEN_PAIRS, ids=lambda p: f"{p[0]}x{p[1]}")
+@pytest.mark.parametrize("window", [(-1, -1), (128, 0)], ids=lambda w: f"{w[0]}.{w[1]}")
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_learnable_sinks(family: str, causal: bool, window: tuple[int, int], seqlens: tuple[int, int]) -> None:
+    check(Case("bf16", 64, causal, "gqa4", seqlens), Masks(window, learnable_sink=True), family)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_learnable_sinks_far_from_the_scores(family: str) -> None:
+    """300 queries, 40 keys, causal: the first 260 rows see none, and their lse is the logit, bit by bit."""
+    import cupy
+
+    q, k, v = Case("bf16", 64, True, "gqa5", (300, 40)).arrays()
+    sinks = cupy.resize(cupy.asarray([2000.0, -2000.0, 1e30, -1e30, -np.inf], np.float32), q.shape[2])
+    options = {"causal": True, "learnable_sink": sinks}
+    out, lse = cutlass_fa.flash_attn_func(q, k, v, return_lse=True, family=family, **options)
+    check_forward(out, lse, q, k, v, case=family, **options)
+    assert (lse[:, :, :260] == sinks[:, None]).all() and not out[:, :260].any()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_learnable_sinks_may_change_without_a_new_kernel_or_plan(family: str) -> None:
+    case = Case("bf16", 128, True, "gqa4", (640, 1000))
+    for _ in range(3):
+        check(case, Masks(learnable_sink=True), family)
+        check(case, Masks(), family)
+
+
 @pytest.mark.parametrize("seqlens", [(1, 300), (5, 513), (63, 200), (130, 400)], ids=lambda p: f"{p[0]}x{p[1]}")
 @pytest.mark.parametrize("heads", ["gqa4", "gqa5", "gqa64"])
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
@@ -120,6 +165,7 @@ def test_windows_of_packed_heads(causal: bool, heads: str, seqlens: tuple[int, i
     for window in WINDOWS[:4]:
         check(Case("bf16", 128, causal, heads, seqlens), Masks(window), "fa3")
         check(Case("bf16", 128, causal, heads, seqlens), Masks(window, sink=3, alibi="batch"), "fa3")
+        check(Case("bf16", 128, causal, heads, seqlens), Masks(window, learnable_sink=True), "fa3")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -149,7 +195,7 @@ def test_keys_outside_the_window_are_never_loaded(family: str, sink: int) -> Non
 def test_thousand_runs_are_bitwise_equal(family: str) -> None:
     import cupy
 
-    case, masks = Case("bf16", 128, True, "gqa4", (640, 1000)), Masks((260, 0), sink=4, alibi="heads")
+    case, masks = Case("bf16", 128, True, "gqa4", (640, 1000)), Masks((260, 0), sink=4, alibi="heads", learnable_sink=True)
     check(case, masks, family)
     q, k, v = case.arrays(seed=1)
     options = {"causal": True, "family": family, "return_lse": True, **masks.arguments(q)}
@@ -166,7 +212,7 @@ def test_thousand_runs_are_bitwise_equal(family: str) -> None:
 
 @dataclass(frozen=True)
 class MaskedCall(Call):
-    """A backward under what `masks` names: "window", "sink" (which needs a window), "alibi"."""
+    """A backward under what `masks` names: "window", "sink" (which needs a window), "alibi", "learnable_sink"."""
 
     masks: tuple[str, ...] = ()
 
@@ -178,11 +224,12 @@ class MaskedCall(Call):
 
         rng = cupy.random.default_rng(np.random.SeedSequence().generate_state(1)[0])
         flags: dict[str, Any] = {"causal": self.causal, "softcap": self.softcap, "dropout_p": self.dropout_p}
-        flags |= {name: name in self.masks for name in ("window", "sink", "alibi")}
+        flags |= {name: name in self.masks for name in ("window", "sink", "alibi", "learnable_sink")}
         return Inputs.of(self.case, cupy, rng, dtype=self.dtype, head_dim=self.head_dim, **flags)
 
 
-MASKS = (("window",), ("alibi",), ("window", "sink"), ("window", "alibi"), ("window", "sink", "alibi"))
+MASKS: tuple[tuple[str, ...], ...] = (("window",), ("alibi",), ("window", "sink"), ("window", "alibi"), ("window", "sink", "alibi"))
+MASKS += (("learnable_sink",), ("window", "learnable_sink"), ("window", "sink", "alibi", "learnable_sink"))
 
 
 def covering_backward_calls() -> list[MaskedCall]:
@@ -198,10 +245,12 @@ def covering_backward_calls() -> list[MaskedCall]:
         "softcap": (0.0, SOFTCAP),
         "dropout_p": (0.0, 0.17),
         "deterministic": (False, True),
+        "has_dlse": (False, True),
     }
     calls = []
     for chosen in covering(factors, 2):
-        case = case_of(chosen.pop("heads"), chosen.pop("seqlens"), window=chosen.pop("window"), sinks=chosen.pop("sinks"))
+        of_case = {name: chosen.pop(name) for name in ("window", "sinks", "has_dlse")}
+        case = case_of(chosen.pop("heads"), chosen.pop("seqlens"), **of_case)
         if chosen["causal"] and case.window[0] == -1:
             case = replace(case, window=(50, 0))  # unbounded on the left it would be the causal mask alone
         calls.append(MaskedCall(case=case, **chosen))
@@ -222,3 +271,24 @@ def test_backward_that_recomputes(causal: bool, masks: tuple[str, ...]) -> None:
     arrays = (inputs.dout, inputs.q, inputs.k, inputs.v)
     gradients = Gradients(*cutlass_fa.flash_attn_backward(*arrays, recompute=True, **options))
     check_backward(gradients, *arrays, case=call, dlse=inputs.dlse, **inputs.options)
+
+
+@pytest.mark.parametrize("seqlens", SEQLEN_PAIRS, ids=lambda p: f"{p[0]}x{p[1]}")
+@pytest.mark.parametrize("flags", [(False, 0.0), (True, 0.17)], ids=["plain", "deterministic-dropout"])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_backward_of_learnable_sinks(causal: bool, flags: tuple[bool, float], seqlens: tuple[int, int]) -> None:
+    """More queries than keys under a causal mask: rows without keys, whose gradient by lse is the logit's."""
+    case = case_of("gqa4", seqlens, has_dlse=True)
+    MaskedCall("bf16", 64, causal, case, dropout_p=flags[1], deterministic=flags[0], masks=("learnable_sink",)).check()
+
+
+def test_the_gradient_of_learnable_sinks_has_equal_bits_every_time() -> None:
+    import cupy
+
+    call = MaskedCall("bf16", 128, True, case_of("gqa4", (1023, 1024), has_dlse=True), masks=("learnable_sink",))
+    inputs = call.inputs()
+    first = call.gradients(inputs).dlearnable_sink
+    different = cupy.zeros((), np.int64)
+    for _ in range(100):
+        different += (call.gradients(inputs).dlearnable_sink != first).sum()
+    assert int(different) == 0

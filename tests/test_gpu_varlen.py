@@ -50,10 +50,15 @@ class Call:
     dropout_p: float = 0.0
     family: str = "fa3"
     order: str = "bshd"
+    learnable_sink: bool = False
+    offsets: tuple[int, int] | None = None
+    out_dtype: str | None = None
 
     def __str__(self) -> str:
         words = [self.family, str(self.lengths), self.dtype, f"d{self.head_dim}", "causal" * self.causal, self.heads, self.order]
         words += [f"w{self.window[0]}.{self.window[1]}", f"s{self.sink}", f"c{self.softcap:g}", f"a.{self.alibi}", f"p{self.dropout_p:g}"]
+        words += ["lsink" * self.learnable_sink, self.out_dtype or ""]
+        words += [] if self.offsets is None else [f"o{self.offsets[0]}.{self.offsets[1]}"]
         return "-".join(word for word in words if word)
 
     def options(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -64,6 +69,10 @@ class Call:
         if self.alibi != "none":
             shape = (HEADS[self.heads][0],) if self.alibi == "heads" else (self.lengths.batch, HEADS[self.heads][0])
             options["alibi_slopes"] = cupy.random.uniform(-0.05, 1, shape, np.float32)
+        if self.learnable_sink:
+            options["learnable_sink"] = cupy.random.uniform(-2, 3, (HEADS[self.heads][0],), np.float32)
+        if self.offsets is not None:
+            options |= {"q_offset": self.offsets[0], "k_offset": self.offsets[1]}
         call = dict(options)
         if self.dropout_p:
             call |= {"dropout_p": self.dropout_p, "dropout_seed": RANDOM_STATE[0], "dropout_offset": RANDOM_STATE[1]}
@@ -81,7 +90,8 @@ class Call:
         q, k, v = self.lengths.qkv(cupy, rng, HEADS[self.heads], self.head_dim, DTYPES[self.dtype], **layout)
         call, options = self.options()
         sequences = self.lengths.arrays(cupy)
-        call |= {"family": self.family, "out": poisoned(cupy, q.shape, q.dtype), "return_lse": True, "check": True}
+        call |= {"family": self.family, "return_lse": True, "check": True}
+        call |= {"out": poisoned(cupy, q.shape, self.out_dtype or q.dtype), "out_dtype": self.out_dtype}
         out, lse = cutlass_fa.flash_attn_varlen_func(q, k, v, **sequences, **call)
         q[cupy.asarray(~self.lengths.rows_in_use(0))] = 0
         check_forward(out, lse, q, k, v, case=self, **options, **sequences)
@@ -101,6 +111,9 @@ def covering_calls() -> list[Call]:
         "alibi": ("none", "heads", "batch"),
         "dropout_p": (0.0, 0.17),
         "order": ("bshd", "bhsd"),
+        "learnable_sink": (False, True),
+        "offsets": (None, (70, 0), (0, 200), (4, 1000)),
+        "out_dtype": (None, "float32"),
     }
     calls = []
     for chosen in covering(factors, 2):
@@ -226,11 +239,11 @@ class BackwardCall(Call):
         gradients = {name: poisoned(cupy, x.shape, x.dtype) for name, x in (("dq", q), ("dk", k), ("dv", v))}
         arrays = (dout, q, k, v)
         options_of_backward = {**call, **kept, **gradients, "deterministic": self.deterministic, "dlse": dlse}
-        dq, dk, dv = cutlass_fa.flash_attn_varlen_backward(*arrays, **sequences, **options_of_backward)
+        found = Gradients(*cutlass_fa.flash_attn_varlen_backward(*arrays, **sequences, **options_of_backward))
         for side, touched in ((0, (q, dout)), (1, (k, v))):
             for array in touched:
                 array[cupy.asarray(~self.lengths.rows_in_use(side))] = 0
-        check_backward(Gradients(dq, dk, dv), *arrays, case=self, dlse=dlse, **options, **sequences)
+        check_backward(found, *arrays, case=self, dlse=dlse, **options, **sequences)
 
 
 def covering_backward_calls() -> list[BackwardCall]:
@@ -248,6 +261,8 @@ def covering_backward_calls() -> list[BackwardCall]:
         "order": ("bshd", "bhsd"),
         "deterministic": (False, True),
         "recompute": (False, True),
+        "learnable_sink": (False, True),
+        "offsets": (None, (70, 0), (0, 200), (4, 1000)),
     }
     calls = [BackwardCall(family="fa2", **chosen) for chosen in covering(factors, 2)]
     return [replace(call, sink=0) if call.window == (-1, -1) and not call.causal else call for call in calls]

@@ -73,6 +73,7 @@ def test_request_key_says_presence_not_values() -> None:
         REQUEST, seqlen_q=192, mask=SlidingCausal(7), sink_tokens=3, position_bias=PositionBias(alibi=True), head_dim=72, dtype="f16"
     )
     assert str(everything.dispatch_key()) == "fa3_fwd_sm90a_f16_hdim80_causal_window_alibi_sink"
+    assert str(replace(REQUEST, seqlen_q=128, learnable_sink=True).dispatch_key()) == "fa3_fwd_sm90a_bf16_hdim128_lsink"
     assert replace(everything, mask=SlidingCausal(9), sink_tokens=5, softmax_scale=3.0).dispatch_key() == everything.dispatch_key()
     causal = replace(everything, mask=Causal(), position_bias=PositionBias())
     assert causal.dispatch_key() == replace(causal, sink_tokens=0).dispatch_key(), "a causal mask alone shows sink tokens anyway"
@@ -294,6 +295,23 @@ def test_slopes_are_checked(shape: tuple[int, ...], strides: tuple[int, ...], dt
     q, k = (ArraySpec((2, 8, heads, 64), (8 * heads * 64, heads * 64, 64, 1), "bf16", 0) for heads in (4, 2))
     extras = ExtraSpecs(alibi_slopes=ArraySpec(shape, strides, dtype, device))
     with pytest.raises(errors.InvalidArgument, match=rf"alibi_slopes .*{words}"):
+        Problem.from_specs(q, k, k, None, arch="sm_90a", mask=Full(), extras=extras)
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "dtype", "device", "words"),
+    [
+        ((5,), (1,), "float32", 0, r"expected \(4,\), a number a query head"),
+        ((2, 4), (4, 1), "float32", 0, "shape"),
+        ((4,), (1,), "bf16", 0, "dtype bf16"),
+        ((4,), (2,), "float32", 0, "contiguous"),
+        ((4,), (1,), "float32", -1, "one GPU"),
+    ],
+)
+def test_learnable_sinks_are_checked(shape: tuple[int, ...], strides: tuple[int, ...], dtype: str, device: int, words: str) -> None:
+    q, k = (ArraySpec((2, 8, heads, 64), (8 * heads * 64, heads * 64, 64, 1), "bf16", 0) for heads in (4, 2))
+    extras = ExtraSpecs(learnable_sink=ArraySpec(shape, strides, dtype, device))
+    with pytest.raises(errors.InvalidArgument, match=rf"learnable_sink .*{words}"):
         Problem.from_specs(q, k, k, None, arch="sm_90a", mask=Full(), extras=extras)
 
 

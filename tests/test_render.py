@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import product
 from pathlib import Path
 
 import jinja2
@@ -65,10 +66,12 @@ def test_invalid_key_has_no_cell() -> None:
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("window", [False, True])
-@pytest.mark.parametrize("alibi", [False, True])
-@pytest.mark.parametrize("offset", [False, True])
-def test_params_have_no_holes(offset: bool, alibi: bool, window: bool, causal: bool, packed: bool, dynamic_scheduler: bool) -> None:
-    flags = {"causal": causal, "sliding_window": window, "sink": window and causal, "alibi": alibi, "offset": offset}
+@pytest.mark.parametrize(("alibi", "learnable_sink", "offset"), list(product([False, True], repeat=3)))
+def test_params_have_no_holes(
+    alibi: bool, learnable_sink: bool, offset: bool, window: bool, causal: bool, packed: bool, dynamic_scheduler: bool
+) -> None:
+    flags = {"causal": causal, "sliding_window": window, "sink": window and causal, "alibi": alibi}
+    flags |= {"learnable_sink": learnable_sink, "offset": offset}
     key = DispatchKey("fa3", "fwd", "sm_90a", "bf16", 128, **flags, gqa_ratio=4 if packed else 1)
     fields = fa3_fwd_params(key, dynamic_scheduler)
     dtype = params_dtype(fields)
@@ -76,7 +79,8 @@ def test_params_have_no_holes(offset: bool, alibi: bool, window: bool, causal: b
     expected = np.cumsum([0, *(field.size_bytes for field in fields)])
     assert offsets == expected[:-1].tolist()
     assert dtype.itemsize == -(-expected[-1] // 8) * 8
-    written = ["o", "lse"] + ["tile_counter"] * dynamic_scheduler + ["alibi_slopes"] * alibi  # the words that a run writes, in this order
+    written = ["o", "lse"] + ["tile_counter"] * dynamic_scheduler  # the words that a run writes, in this order
+    written += ["alibi_slopes"] * alibi + ["learnable_sink"] * learnable_sink
     assert [field.name for field in fields[: len(written)]] == written and not any(field.is_address for field in fields[len(written) :])
 
 
@@ -97,8 +101,11 @@ def test_rendered_text(key: DispatchKey) -> None:
 
 @pytest.mark.parametrize("key", KEYS, ids=str)
 def test_feature_off_leaves_no_word(key: DispatchKey) -> None:
-    words = {"fp8"} | {word for field, word in FLAG_WORDS if not getattr(key, field)} - {"causal"}
+    words = {"fp8"} | {word for flag in FLAG_WORDS if not getattr(key, flag[0]) for word in flag} - {"causal"}
     text = render(Cell.of(key)).text.lower()
+    for own in (word for flag in FLAG_WORDS if getattr(key, flag[0]) for word in flag):
+        if any(word in own for word in words):  # "sink" in "learnable_sink"
+            text = text.replace(own, "")
     assert not [word for word in words if re.search(rf"\b\w*{word}\w*\b", text)]
 
 

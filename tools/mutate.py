@@ -280,6 +280,7 @@ def _run(cell: Cell, program: Program, case: Case, seed: int) -> str | None:
         options |= {"sink_tokens": case.sinks} if cell.has_sink else {}
         options |= {"q_offset": case.offsets[0], "k_offset": case.offsets[1]} if cell.has_offset else {}
         options |= {"alibi_slopes": np.float32(2) ** -np.arange(q.shape[2], dtype=np.float32)} if cell.has_alibi else {}
+        options |= {"learnable_sink": np.linspace(-1, 3, q.shape[2], dtype=np.float32)} if cell.has_learnable_sink else {}
         limits: dict[str, Any] = {"seed": seed, "time_limit_s": TIME_LIMIT_S}
         result = run_forward(cell, q, k, v, program=program, persistent=persistent, out_like=out_like, **limits, **options)
         check_forward(result.out, result.lse, q, k, v, case=f"{case}, seed {seed}", causal=cell.is_causal, **options)

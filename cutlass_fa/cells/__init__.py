@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..cell import Cell
 from .fa2_bwd import Fa2BwdCell
-from .fa2_bwd_passes import Fa2BwdConvertCell, Fa2BwdPreprocessCell
+from .fa2_bwd_passes import Fa2BwdConvertCell, Fa2BwdPreprocessCell, Fa2BwdReduceCell
 from .fa2_fwd import Fa2FwdCell
 from .fa3_fwd import Fa3FwdCell
 from .varlen_tiles import VarlenTilesCell
@@ -16,4 +16,5 @@ CELL_CLASSES: dict[tuple[str, str], type[Cell]] = {
     ("fa2", "bwd_preprocess"): Fa2BwdPreprocessCell,
     ("fa2", "bwd_convert"): Fa2BwdConvertCell,
     ("fa2", "varlen_tiles"): VarlenTilesCell,
+    ("fa2", "bwd_reduce"): Fa2BwdReduceCell,
 }

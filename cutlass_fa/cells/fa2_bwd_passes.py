@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..cell import Cell
 from ..dispatch import DispatchKey
-from ..params import SEQUENCES, ParamField
+from ..params import LEARNABLE_SINK, SEQUENCES, ParamField
 from .fa2_bwd import Fa2BwdCell, array_fields
 
 _PACKED_SIZES = (  # num_m_blocks are then the places of all sequences' blocks
@@ -49,7 +49,7 @@ def main_key(key: DispatchKey) -> DispatchKey:
 
 @dataclass(frozen=True)
 class Fa2BwdPreprocessCell(_Pass):
-    """rowsum(dout * out) - dlse, lse in powers of two, and zeros for dQ."""
+    """rowsum(dout * out) - dlse, lse in powers of two, and zeros for dQ; with learnable_sink, each block's part of that gradient."""
 
     template = "common/bwd_preprocess.cu.j2"
     entry = "flash_bwd_preprocess"
@@ -64,7 +64,7 @@ class Fa2BwdPreprocessCell(_Pass):
 
     @property
     def params(self) -> tuple[ParamField, ...]:
-        addresses = (
+        addresses: tuple[ParamField, ...] = (
             ParamField("out", "void*", "(batch, seqlen_q, num_heads_q, head_dim) in the element type, last dimension contiguous"),
             ParamField("dout", "void*", "like out"),
             ParamField("lse", "float*", "(batch, num_heads_q, seqlen_q) natural logarithm, last dimension contiguous"),
@@ -73,6 +73,9 @@ class Fa2BwdPreprocessCell(_Pass):
             ParamField("dpsum", "float*", "like lse_log2, written"),
             ParamField("dq_acc", "float*", "(num_copies, batch, num_heads_q, num_m_blocks, kTileM * kHeadDim), set to 0"),
         )
+        if self.has_learnable_sink:
+            parts = ParamField("learnable_sink_parts", "float*", "(num_heads_q, batch * num_m_blocks), written")
+            addresses += (LEARNABLE_SINK, parts)
         lse = tuple(ParamField(f"{name}_stride_{axis}", "int64_t", "elements") for name in ("lse", "dlse") for axis in ("batch", "head"))
         numbers = (
             ParamField("seqlen_q", "int", "query rows of each sequence"),
@@ -150,4 +153,33 @@ class Fa2BwdConvertCell(_Pass):
             head_dim,
             ParamField("num_parts", "int", "parts to add"),
             scale,
+        )
+
+
+@dataclass(frozen=True)
+class Fa2BwdReduceCell(_Pass):
+    """One float for each query head out of parts: the gradient by learnable_sink, out of the preprocess's. A warp a head, as there are
+    only as many parts as blocks of queries."""
+
+    template = "common/bwd_reduce.cu.j2"
+    entry = "flash_bwd_reduce"
+
+    @classmethod
+    def for_key(cls, key: DispatchKey) -> Fa2BwdReduceCell:
+        return cls(key, Fa2BwdCell.for_key(main_key(key)))
+
+    @property
+    def threads(self) -> int:
+        return 32
+
+    @property
+    def summary(self) -> str:
+        return f"a head of blocks of {self.tile_m} rows, {self.threads} threads, no shared memory"
+
+    @property
+    def params(self) -> tuple[ParamField, ...]:
+        return (
+            ParamField("parts", "float*", "(num_heads_q, num_parts)"),
+            ParamField("sums", "float*", "(num_heads_q,), written"),
+            ParamField("num_parts", "int", "parts of a head"),
         )

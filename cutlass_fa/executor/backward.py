@@ -25,11 +25,12 @@ from .outputs import POISON_BYTE, Output, check_written, span
 
 @dataclass(frozen=True)
 class Backward:
-    """dq, dk, dv in the shapes and the dtype of q, k and v."""
+    """dq, dk, dv in the shapes and the dtype of q, k and v; dlearnable_sink float32 (num_heads_q,), None without learnable_sink."""
 
     dq: np.ndarray
     dk: np.ndarray
     dv: np.ndarray
+    dlearnable_sink: np.ndarray | None = None
 
 
 def build_program(key: DispatchKey) -> Program:
@@ -63,7 +64,7 @@ def run_backward(
     time_limit_s: int = DEFAULT_TIME_LIMIT_S,
     **extras: np.ndarray | None,
 ) -> Backward:
-    """Run a whole backward call whose main kernel is `key`'s on the CPU.
+    """Run a whole backward call whose main kernel is `key`'s on the CPU, with learnable_sink or without.
 
     dout, q, k, v, out, lse, dlse: as flash_attn_backward takes them, or flash_attn_varlen_backward where the key is of packed sequences, in
     the key's dtype and any strides that a GPU's call accepts.
@@ -108,22 +109,26 @@ def run_backward(
     addresses = dict.fromkeys(("dlse", *EXTRA_NAMES), 0) | {name: memory.add(name, span(array)).address for name, array in inputs.items()}
     outputs = {name: Output.add(memory, getattr(problem, name), name) for name in ("dq", "dk", "dv")}
     addresses |= {name: output.buffer.address for name, output in outputs.items()}
+    sink_gradient = memory.add("dlearnable_sink", np.full(4 * q.shape[-2], POISON_BYTE, np.uint8), writable=True)
+    addresses["dlearnable_sink"] = sink_gradient.address
     cells = {each: Cell.of(each) for each in problem.request.dispatch_keys()}
     main = cells[key]
     assert isinstance(main, Fa2BwdCell)
     workspace = Workspace.of(problem, main)
     start = memory.add("workspace", np.full(4 * workspace.floats, POISON_BYTE, np.uint8), writable=True).address
-    addresses |= {name: start + place for name, place in vars(workspace).items() if name != "floats"}
+    addresses |= {name: start + place for name, place in workspace.places.items()}
     for each in launches_of(problem, cells):
         for name, field in zip(each.addresses, cells[each.key].params, strict=False):
             each.params[field.name] = addresses[name]
         if cells[each.key].has_dropout:
             each.params["dropout_seed"], each.params["dropout_offset"] = random_state
         launch(build(each.key), each.grid, [each.params.tobytes()], memory, seed=seed, time_limit_s=time_limit_s)
-    results = {}
+    run, results = f"{key}, seed {seed}", {}
     for name, output in outputs.items():
-        run = f"{key}, seed {seed}"
         bits = output.values(run)
         check_written(run, name, bits)
         results[name] = bits.view(q.dtype).reshape(problem.shape_of(output.spec))
+    if problem.dlearnable_sink is not None:
+        check_written(run, "dlearnable_sink", sink_gradient.data.view(np.uint32))
+        results["dlearnable_sink"] = sink_gradient.data.view(np.float32)
     return Backward(**results)

@@ -40,7 +40,7 @@ class RunShape:
 
 def run_key(key: DispatchKey, stream: TextIO, *, shape: RunShape = RunShape(), seed: int = 0) -> bool:
     """Run `key`'s kernel on standard normal numbers and report on `stream`; True when it is right. A backward's runs with the passes
-    around it.
+    around it; a pass that only calls with learnable_sink have, with the plainest of them.
 
     seed: draws the numbers and the schedule. Raises UnsupportedCell, ExecutorError (no compiler; a pass, which runs with its backward),
     HostCompileError, and what a call on the GPU raises for a shape that makes no sense.
@@ -48,7 +48,9 @@ def run_key(key: DispatchKey, stream: TextIO, *, shape: RunShape = RunShape(), s
     if key.direction == "bwd":
         return _run_backward_key(key, stream, shape, seed)
     if key.direction != "fwd":
-        main = replace(key, direction="bwd", split=False)
+        main = replace(key, direction="bwd", split=False, learnable_sink=False)
+        if key.learnable_sink or key.direction == "bwd_reduce":
+            return _run_backward_key(main, stream, shape, seed, learnable_sink=True)
         raise ExecutorError(f"{key} is a pass around a backward and runs with it: cutlass-fa run {main} --executor")
     cell = Cell.of(key)
     start = time.perf_counter()
@@ -59,7 +61,7 @@ def run_key(key: DispatchKey, stream: TextIO, *, shape: RunShape = RunShape(), s
     print(f"{key}: {cell.summary}", file=stream)
     print(f"compiled for this CPU in {built - start:.1f} s; q {q.shape}, k and v {k.shape}, seed {seed}", file=stream)
     dropout_p = _DROPOUT_P * cell.has_dropout
-    options = _features(key, shape)
+    options = _features(key, shape, key.learnable_sink)
     try:
         result = run_forward(cell, q, k, v, seed=seed, program=program, dropout_p=dropout_p, random_state=(seed, 0), **options)
     except ExecutorFault as fault:
@@ -77,8 +79,8 @@ def run_key(key: DispatchKey, stream: TextIO, *, shape: RunShape = RunShape(), s
     return right
 
 
-def _features(key: DispatchKey, shape: RunShape) -> dict[str, Any]:
-    """What a call is given of the key's features, dropout apart; the reference takes the same."""
+def _features(key: DispatchKey, shape: RunShape, learnable_sink: bool) -> dict[str, Any]:
+    """What a call is given of the key's features and of learnable_sink, dropout apart; the reference takes the same."""
     return {
         "softcap": _SOFTCAP * key.softcap,
         "q_offset": _OFFSETS[0] if key.offset else None,
@@ -86,6 +88,7 @@ def _features(key: DispatchKey, shape: RunShape) -> dict[str, Any]:
         "window_size": _WINDOW if key.sliding_window else (-1, -1),
         "sink_tokens": _SINK_TOKENS * key.sink,
         "alibi_slopes": np.float32(2) ** -np.arange(1, 1 + shape.num_heads_q, dtype=np.float32) if key.alibi else None,
+        "learnable_sink": np.linspace(-1, 3, shape.num_heads_q, dtype=np.float32) if learnable_sink else None,
     }
 
 
@@ -100,10 +103,10 @@ def _arrays(key: DispatchKey, shape: RunShape, seed: int) -> tuple[np.ndarray, n
     return q, k, v, dout
 
 
-def _run_backward_key(key: DispatchKey, stream: TextIO, shape: RunShape, seed: int) -> bool:
+def _run_backward_key(key: DispatchKey, stream: TextIO, shape: RunShape, seed: int, learnable_sink: bool = False) -> bool:
     """As run_key, of a whole backward call; out and lse are the reference's."""
     q, k, v, dout = _arrays(key, shape, seed)
-    features, dropout_p = _features(key, shape), _DROPOUT_P * key.dropout
+    features, dropout_p = _features(key, shape, learnable_sink), _DROPOUT_P * key.dropout
     mask = dropout_mask(seed, 0, dropout_p, shape.batch, shape.num_heads_q, shape.seqlen_q, shape.seqlen_k) if dropout_p else None
     options: dict[str, Any] = {"causal": key.causal, "dropout_mask": mask, "dropout_p": dropout_p, **features}
     out, lse = attention_forward(q, k, v, **options)
@@ -120,7 +123,7 @@ def _run_backward_key(key: DispatchKey, stream: TextIO, shape: RunShape, seed: i
     print(f"compiled for this CPU and ran in {time.perf_counter() - start:.1f} s", file=stream)
     expected = attention_backward(dout, q, k, v, **options)
     right, errors = True, []
-    for name in ("dq", "dk", "dv"):
+    for name in ("dq", "dk", "dv") + ("dlearnable_sink",) * learnable_sink:
         exact = getattr(expected, name)
         allowed = _BACKWARD_ULPS * float(ml_dtypes.finfo(q.dtype).eps) * float(np.abs(exact).max())
         error = _max_error(getattr(result, name), exact)

@@ -26,14 +26,15 @@ WORKSPACE_ALIGNMENT = 64  # floats: 256 bytes
 
 @dataclass(frozen=True)
 class Workspace:
-    """Where things lie in one buffer of float32, in bytes from its start; `floats` is its size. Of parts
-    there is nothing where dk and dv have none, of the list of key blocks where a call needs none."""
+    """Where things lie in one buffer of float32, in bytes from its start; `floats` is its size. Parts are of size 0 where the call
+    has none."""
 
     lse_log2: int
     dpsum: int
     dq_acc: int
     dk_parts: int
     dv_parts: int
+    learnable_sink_parts: int
     tile_list: int
     floats: int
 
@@ -43,11 +44,17 @@ class Workspace:
         batches = request.batches_of_blocks
         rows = batches * request.num_heads_q * request.blocks[0] * cell.tile_m
         parts = request.splits * batches * request.num_heads_kv * request.rows_k * cell.head_dim if cell.is_split else 0
+        sink_parts = batches * request.num_heads_q * request.blocks[0] * request.learnable_sink
         tiles = list_size(request, "k", cell.tile_n) if cell.has_key_block_list else 0
-        sizes = (rows, rows, request.copies * rows * cell.head_dim, parts, parts, tiles)
+        sizes = (rows, rows, request.copies * rows * cell.head_dim, parts, parts, sink_parts, tiles)
         ends = list(accumulate(-(-size // WORKSPACE_ALIGNMENT) * WORKSPACE_ALIGNMENT for size in sizes))
-        lse_log2, dpsum, dq_acc, dk_parts, dv_parts, tile_list = (4 * start for start in (0, *ends[:-1]))
-        return cls(lse_log2, dpsum, dq_acc, dk_parts, dv_parts, tile_list, floats=ends[-1])
+        lse_log2, dpsum, dq_acc, dk_parts, dv_parts, learnable_sink_parts, tile_list = (4 * start for start in (0, *ends[:-1]))
+        return cls(lse_log2, dpsum, dq_acc, dk_parts, dv_parts, learnable_sink_parts, tile_list, floats=ends[-1])
+
+    @property
+    def places(self) -> dict[str, int]:
+        """Name -> bytes from the buffer's start."""
+        return {name: place for name, place in vars(self).items() if name != "floats"}
 
 
 @dataclass(frozen=True)
@@ -75,15 +82,23 @@ def launches_of(problem: BackwardProblem, cells: Mapping[DispatchKey, Any]) -> t
         _pass(main, cells, _main_grid(problem), values),
         _pass(convert, cells, m_blocks, {**values, "scale": request.scale}),
     ]
-    for parts in keys[first + 3 :]:
+    for each in keys[first + 3 :]:
+        if each.direction == "bwd_reduce":
+            names = {"parts": "learnable_sink_parts", "sums": "dlearnable_sink"}
+            made.append(_pass(each, cells, request.num_heads_q, {"num_parts": request.blocks[0] * request.batches_of_blocks}, names))
+            continue
         for name, spec, scale in (("dk", problem.dk, request.scale), ("dv", problem.dv, keep_scale(request.dropout_p))):
-            made.append(_parts_pass(parts, cells, problem, {**values, "scale": scale}, name, spec))
+            made.append(_parts_pass(each, cells, problem, {**values, "scale": scale}, name, spec))
     return tuple(made)
 
 
-def _pass(key: DispatchKey, cells: Mapping[DispatchKey, Any], grid: int, values: Mapping[str, Any]) -> PassLaunch:
-    cell = cells[key]
-    return PassLaunch(key, grid, pack(cell, values), tuple(field.name for field in cell.params if field.is_address))
+def _pass(
+    key: DispatchKey, cells: Mapping[DispatchKey, Any], grid: int, values: Mapping[str, Any], names: Mapping[str, str] | None = None
+) -> PassLaunch:
+    """names: of the addresses whose fields are called otherwise."""
+    cell, names = cells[key], names or {}
+    addresses = tuple(names.get(field.name, field.name) for field in cell.params if field.is_address)
+    return PassLaunch(key, grid, pack(cell, values), addresses)
 
 
 def _list_pass(key: DispatchKey, cells: Mapping[DispatchKey, Any], problem: BackwardProblem, main: Cell) -> PassLaunch:
@@ -101,9 +116,7 @@ def _parts_pass(
     part_size = request.batches_of_blocks * request.num_heads_kv * request.rows_k * cell.head_dim
     own = {"part_size": part_size, "num_parts": request.splits, "seqlen_k": request.rows_k, **_strides("gradient", spec)}
     grid = tile_count(-(-part_size // (4 * cell.threads)), 1, 1)
-    names = {"gradient": name, "parts": f"{name}_parts"}
-    addresses = tuple(names[field.name] for field in cell.params if field.is_address)
-    return PassLaunch(key, grid, pack(cell, {**values, **own}), addresses)
+    return _pass(key, cells, grid, {**values, **own}, {"gradient": name, "parts": f"{name}_parts"})
 
 
 def _main_grid(problem: BackwardProblem) -> int:
@@ -174,14 +187,13 @@ class Fa2BwdPlan:
         self._lock = threading.Lock()  # between writing the arguments and the driver's copies of them
 
     def run(self, addresses: Mapping[str, int], workspace: int, stream: int, random_state: tuple[int, int] = (0, 0)) -> None:
-        """Launch every pass on a CUstream. addresses: device addresses of q, k, v, out, dout, lse, dq, dk, dv, dlse and of the extra
-        arrays by name, 0 for those that the call has not. workspace: the device address of `self.workspace.floats` float32,
+        """Launch every pass on a CUstream. addresses: device addresses of q, k, v, out, dout, lse, dq, dk, dv, dlse, dlearnable_sink and
+        of the extra arrays by name, 0 for those that the call has not. workspace: the device address of `self.workspace.floats` float32,
         contents of no matter.
 
         Asynchronous; may be captured in a CUDA graph. random_state: seed and offset of the forward's dropout. The caller's current device
         must be the plan's. Raises LaunchError or the driver's error."""
-        places = self.workspace
-        address = {name: workspace + getattr(places, name) for name in ("lse_log2", "dpsum", "dq_acc", "dk_parts", "dv_parts", "tile_list")}
+        address = {name: workspace + place for name, place in self.workspace.places.items()}
         address |= addresses
         with self._lock:
             for each, launch in self._launches:

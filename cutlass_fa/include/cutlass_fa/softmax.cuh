@@ -105,4 +105,17 @@ CUTLASS_FA_DEVICE RowResult finalize(SoftmaxRows const& rows, int r) {
   return {empty ? 0.0f : 1.0f / sum, empty ? negative_infinity() : (rows.origin[r] + log2_approx(sum)) * kLn2};
 }
 
+// The same with a logit that has no key and no value and only joins the row's sum (natural logarithm, not scaled; -inf: none). The sum is
+// measured from the larger of the two, so that neither overflows. A row without keys: 0 and the logit.
+CUTLASS_FA_DEVICE RowResult finalize(SoftmaxRows const& rows, int r, float logit) {
+  float const sum = quad_sum(rows.sum[r]);
+  float const logit_log2 = logit * kLog2E;
+  float const origin = fmaxf(rows.origin[r], logit_log2);
+  float const rescale = exp2_approx(rows.origin[r] - origin);
+  float const total = sum * rescale + exp2_approx(logit_log2 - origin);
+  float const lse = (logit_log2 > rows.origin[r] ? logit : rows.origin[r] * kLn2) + log2_approx(total) * kLn2;
+  bool const empty = sum == 0.0f;  // its origin may be -inf, and the numbers above NaN
+  return {empty ? 0.0f : rescale / total, empty ? logit : lse};
+}
+
 }  // namespace cutlass_fa

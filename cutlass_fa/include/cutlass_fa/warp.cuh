@@ -31,6 +31,13 @@ CUTLASS_FA_DEVICE float quad_sum(float value) {
   return value + shuffle_xor(value, 1);
 }
 
+// The sum over all lanes, in each of them; always in the same order.
+CUTLASS_FA_DEVICE float warp_sum(float value) {
+#pragma unroll
+  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) { value += shuffle_xor(value, distance); }
+  return value;
+}
+
 // 4 x 4 transpose of words inside each quad: lane i's word j becomes lane j's word i.
 CUTLASS_FA_DEVICE void quad_transpose(uint32_t (&word)[4], int quad_lane) {
   bool const odd = quad_lane & 1;

@@ -7,6 +7,7 @@
 namespace cutlass_fa {
 
 constexpr float kLn2 = 0.6931471805599453f;
+constexpr float kLog2E = 1.4426950408889634f;
 
 CUTLASS_FA_DEVICE float negative_infinity() { return __int_as_float(0xff800000); }
 
