@@ -12,11 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tools import bench, bench_report
-from tools.bench import Point, interleaved_medians
+from tools.bench import interleaved_medians
+from tools.bench_cases import Point
 from tools.bench_device import ArrayDevice, Call, Prepare
+from tools.bench_inputs import Inputs
 from tools.bench_report import COLUMNS, Row, Run, aligned, append_run, load_runs, markdown, other_rows, results_name, table
 
 
@@ -59,6 +62,21 @@ def test_grid_options() -> None:
     assert [(p.head_dim, p.gqa_ratio) for p in points] == [(96, 1), (256, 1), (256, 4)], "4 does not divide 21 heads"
     assert all(p.causal and p.dtype == "f16" and p.batch == 1 for p in points)
     assert points[-1].q_shape == (1, 32768, 8, 256) and points[-1].kv_shape == (1, 32768, 2, 256)
+
+
+def test_cases_take_the_grid_s_place() -> None:
+    arguments = bench.run_arguments(shlex.split("--cases window alibi --dtypes f16 --head-dims 256"))
+    found = list(bench.points(arguments))
+    assert len(found) == 4 + 2 and all(point.dtype == "f16" and point.head_dim == 256 for point in found)
+    assert len(list(bench.points(bench.run_arguments([])))) == 18
+    assert list(bench.points(bench.run_arguments(["--cases", "window", "--no-grid"]))) == []
+
+
+@pytest.mark.parametrize("options", ["--seqlens 1024", "--gqa 4", "--causal full", "--directions bwd"])
+def test_cases_refuse_what_shapes_the_grid(options: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bench.run_arguments(["--cases", "varlen", *shlex.split(options)])
+    assert f"--cases names its points itself: leave out {options.split()[0]}" in capsys.readouterr().err
 
 
 def test_row_formula() -> None:
@@ -113,6 +131,36 @@ def test_runs_are_appended_and_read_back(tmp_path: Path) -> None:
     assert load_runs(tmp_path / "none.json") == []
 
 
+FEATURE_POINTS = (
+    Point("bf16", 128, 16384, True, window=(1023, 0)),
+    Point("bf16", 128, 16384, False, window=(255, -1)),
+    Point("bf16", 128, 16384, True, window=(1023, 0), sink_tokens=4),
+    Point("bf16", 128, 4096, True, alibi=True),
+    Point("bf16", 128, 4096, True, learnable_sink=True),
+    Point("bf16", 128, 1024, True, window=(1023, 0), sink_tokens=4, seqlen_k=65536),
+    Point("bf16", 128, 32512, False, lengths="one_long"),
+)
+
+
+def test_a_file_names_features_only_where_a_row_has_them(tmp_path: Path) -> None:
+    path = tmp_path / "h100.json"
+    run = made_up_run(rows=(made_up_run().rows[0], *(point.row("cutlass_fa", 0.5) for point in FEATURE_POINTS)))
+    append_run(path, run)
+    assert load_runs(path) == [run]
+    plain, *rows = json.loads(path.read_text())[0]["rows"]
+    assert list(plain) == list(COLUMNS)
+    assert [list(row)[len(COLUMNS) :] for row in rows] == [
+        *(["window"], ["window"], ["window", "sink_tokens"], ["alibi"], ["learnable_sink"]),
+        *(["sk", "window", "sink_tokens"], ["lengths"]),
+    ]
+
+
+def test_committed_results_load_and_print() -> None:
+    """Files from before there were features."""
+    runs = load_runs(bench.REPOSITORY / "benchmarks" / "h100.json")
+    assert runs and all(len(table(run.rows)[0]) <= 12 for run in runs) and len(table(runs[0].rows)) == 19
+
+
 def test_a_time_that_is_no_number_is_not_stored(tmp_path: Path) -> None:
     row = replace(made_up_run().rows[0], ms=math.nan)
     with pytest.raises(ValueError, match="JSON compliant"):
@@ -145,6 +193,42 @@ def test_table_sets_peers_side_by_side() -> None:
     ]
     assert lines[1][5:] == ["733", "687", "785", "1.07", "0.93"]
     assert lines[5][5:] == ["550", "-", "-", "-", "-"], "a peer that was not there leaves a gap"
+
+
+def lines_by_header(rows: list[Row]) -> list[dict[str, str]]:
+    header, *lines = table(rows)
+    return [dict(zip(header, line, strict=True)) for line in lines]
+
+
+def test_table_of_features() -> None:
+    lines = lines_by_header([point.row("cutlass_fa", 0.5) for point in FEATURE_POINTS])
+    assert list(lines[0]) == [
+        *("dtype", "head_dim", "heads", "mask", "window", "sinks", "bias", "learnable sink", "lengths", "seqlen", "seqlen_k"),
+        *("cutlass_fa", "cutlass_fa ms"),
+    ]
+    shown = {tuple(line[name] for name in ("mask", "window", "sinks", "bias", "learnable sink", "lengths", "seqlen_k")) for line in lines}
+    assert shown == {
+        ("causal", "1024", "-", "-", "-", "-", "16384"),
+        ("full", "(255, -1)", "-", "-", "-", "-", "16384"),
+        ("causal", "1024", "4", "-", "-", "-", "16384"),
+        ("causal", "-", "-", "ALiBi", "-", "-", "4096"),
+        ("causal", "-", "-", "-", "yes", "-", "4096"),
+        ("causal", "1024", "4", "-", "-", "-", "65536"),
+        ("full", "-", "-", "-", "-", "one_long", "32512"),
+    }
+    assert lines[0]["cutlass_fa ms"] == "0.500"
+
+
+def test_table_s_ratios_to_baselines() -> None:
+    """Without a feature by time, on equal lengths by rate; neither is a peer to be better than."""
+    alibi, packed = FEATURE_POINTS[3], FEATURE_POINTS[6]
+    rows = [alibi.row("cutlass_fa", 1.04), alibi.row("without", 1.0)]
+    rows += [packed.row("cutlass_fa", 4.0), packed.row("equal", 3.6), packed.row("fa3", 5.0)]
+    by_lengths = {line["lengths"]: line for line in lines_by_header(rows)}
+    without, equal = by_lengths["-"], by_lengths["one_long"]
+    assert (without["of without"], without["of equal"], without["of best peer"]) == ("0.96", "-", "-")
+    assert (equal["of without"], equal["of equal"], equal["of best peer"], equal["of fa3"]) == ("-", "0.90", "1.25", "1.25")
+    assert "of best peer" not in lines_by_header(rows[:2])[0]
 
 
 def test_table_without_peers_has_no_ratios() -> None:
@@ -183,7 +267,8 @@ def test_table_command_prints_the_newest_run(tmp_path: Path, capsys: pytest.Capt
 def test_plot_command_writes_a_png(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / "h100.json"
-    append_run(path, made_up_run())
+    rows = made_up_run().rows
+    append_run(path, made_up_run(rows=(*rows, *(point.row("cutlass_fa", 0.5) for point in FEATURE_POINTS))))
     assert bench.main(["plot", str(path)]) == 0
     assert [Path(line).name for line in capsys.readouterr().out.splitlines()] == ["h100_fwd_bf16.png"]
     assert (tmp_path / "h100_fwd_bf16.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -205,7 +290,7 @@ def test_host_time_counts_the_call_alone() -> None:
 
 
 class FakeDevice(ArrayDevice):
-    """Arrays that are their shapes, and timings made up: what is left is bench.py's own work."""
+    """Arrays that take no memory, and timings made up: what is left is bench.py's own work."""
 
     library = "fake"
     gpu_name = "NVIDIA H200"
@@ -216,20 +301,28 @@ class FakeDevice(ArrayDevice):
     def versions(self) -> dict[str, str]:
         return {"cutlass_fa": "0"}
 
-    def own_call(self, q: Any, k: Any, v: Any, causal: bool) -> Call:
-        return lambda: 0.0
+    def own_call(self, inputs: Inputs) -> Call:
+        cost = 0.04 * len(inputs.features)
+        return lambda: cost
 
     def peers(self, fa3_library: Path | None) -> dict[str, Prepare]:
-        def refuse(q: Any, k: Any, v: Any, causal: bool) -> Call:
+        def refuse(inputs: Inputs) -> Call:
             raise RuntimeError("no such kernel")
 
-        return {"cutlass_fa": self.own_call, "fa2": lambda *arrays: lambda: 0.25, "cudnn": refuse}
+        def plain(inputs: Inputs) -> Call:
+            inputs.check_features()
+            return lambda: 0.25
+
+        return {"cutlass_fa": self.own_call, "fa2": plain, "cudnn": refuse}
 
     def backward_peers(self, has_fa3: bool) -> dict[str, Prepare]:
-        return {"cutlass_fa": lambda *arrays: lambda: 1.5, "fa2": lambda *arrays: lambda: 4.0}
+        return {"cutlass_fa": lambda inputs: lambda: 1.5, "fa2": lambda inputs: lambda: 4.0}
 
     def normal(self, shape: tuple[int, ...], dtype: str) -> Any:
-        return shape
+        return np.broadcast_to(np.uint8(0), shape)
+
+    def asarray(self, values: np.ndarray) -> Any:
+        return values
 
     def empty_like(self, x: Any) -> Any:
         return x
@@ -246,7 +339,7 @@ class FakeDevice(ArrayDevice):
     def copy_call(self) -> tuple[int, Call]:
         return 2 << 30, lambda: 0.0
 
-    def host_calls(self, q: Any, k: Any, v: Any) -> list[tuple[str, str, Call]]:
+    def host_calls(self, inputs: Inputs) -> list[tuple[str, str, Call]]:
         return [("cutlass_fa", "fake out=", lambda: None)]
 
 
@@ -281,6 +374,30 @@ def test_a_run_from_end_to_end(
     told = capsys.readouterr()
     assert "cudnn cannot do Point(dtype='bf16', head_dim=128, seqlen=1024" in told.err and "no such kernel" in told.err
     assert "fa2" in told.out and "ceiling copy 2GiB d2d" in told.out and "appended to" in told.out
+
+
+def test_a_run_of_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Peers where they have the features, the baseline beside this library, and no comparison of a baseline's numbers."""
+    monkeypatch.setattr(bench, "current_devices", lambda: [FakeDevice()])
+    monkeypatch.setattr(bench, "WARM_UP_S", 0.0)
+    output = tmp_path / "x.json"
+    options = shlex.split("--cases window varlen alibi sinks learnable_sink seqlen_k --head-dims 128 --commit abc --output")
+    assert bench.main([*options, str(output)]) == 0
+    (run,) = load_runs(output)
+    peers: dict[Any, list[str]] = {}
+    for row in run.rows:
+        peers.setdefault(row.case, []).append(row.peer)
+    assert sorted(peers.values()) == [
+        *[["cutlass_fa"]] * 5,  # windows, mix16
+        *[["cutlass_fa", "equal"]] * 2,
+        ["cutlass_fa", "fa2"],  # grouped heads without a window
+        *[["cutlass_fa", "without"]] * 10,
+    ]
+    told = capsys.readouterr()
+    assert "fa2 cannot do Point(dtype='bf16', head_dim=128, seqlen=4096, causal=True, alibi=True): it has no alibi_slopes" in told.err
+    assert "of without" in told.out and "of equal" in told.out and "cutlass_fa ms" in told.out
+    assert bench.main(["table", str(output)]) == 0
+    assert "| bf16 | 128 | 16 | causal | 1024 | 4 | - | - | - | 1024 | 262144 |" in capsys.readouterr().out
 
 
 def test_backward_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -327,3 +444,14 @@ def test_measure_a_point_on_the_gpu(tmp_path: Path) -> None:
     assert len(own) == 2 and all(row.ms > 0 and row.tflops is not None and row.tflops > 10 for row in own)
     assert any(row.direction == "host" for row in run.rows) and any(row.peer == "ceiling" for row in run.rows)
     assert bench_report.table(run.rows)[0][5] == "cutlass_fa"
+
+
+@pytest.mark.gpu
+def test_measure_cases_on_the_gpu(tmp_path: Path) -> None:
+    output = tmp_path / "results.json"
+    options = shlex.split("--cases window varlen alibi sinks --head-dims 128 --rounds 2 --calls 3 --commit test --output")
+    assert bench.main([*options, str(output)]) == 0
+    (run,) = load_runs(output)
+    assert len({row.case for row in run.rows}) == 4 + 4 + 2 + 2
+    assert all(row.ms > 0 and row.tflops is not None and row.tflops > 10 for row in run.rows)
+    assert {row.peer for row in run.rows} >= {"cutlass_fa", "without", "equal"}

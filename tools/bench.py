@@ -4,10 +4,14 @@
     python tools/bench.py table [FILE]        the newest run as a markdown table
     python tools/bench.py plot [FILE]         the newest run's TFLOP/s against sequence length as PNGs beside the file
 
+A run times the dense grid (head_dim, seqlen, mask), or with --cases named sets of points: windows, packed sequences, ALiBi, sinks.
+
 Peers, in the same process and interleaved point by point, since a GPU's clocks follow its temperature and its power budget: PyTorch's
 flash attention (fa2) and cuDNN (cudnn) where PyTorch is installed, FlashAttention-3 (fa3) with --fa3-library, the shared library that
-registers torch.ops.flash_attn_3. A time is the median of CUDA-event timings over all rounds. batch * seqlen is 16k and heads * head_dim
-2048 throughout, inputs are standard normal numbers, and the L2 cache is not flushed: most inputs are larger.
+registers torch.ops.flash_attn_3; at a point with a feature that it lacks a peer is not timed. This library without the feature
+(without), or on equal lengths (equal), takes turns as one more peer, so that its price is a ratio of one run. A time is the median of
+CUDA-event timings over all rounds. batch * seqlen is 16k and heads * head_dim 2048 throughout, packed sequences excepted, inputs are
+standard normal numbers, and the L2 cache is not flushed: most inputs are larger.
 """
 
 from __future__ import annotations
@@ -20,7 +24,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from itertools import product
 from pathlib import Path
@@ -28,83 +31,41 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout's package, whatever is installed
 
-from cutlass_fa.demo import forward_flops
 from cutlass_fa.dispatch import FAMILIES
 from cutlass_fa.errors import MockMode
+from tools.bench_cases import CASES, WIDTH, Point, case_points
 from tools.bench_device import ArrayDevice, Call, Prepare, current_devices
+from tools.bench_inputs import Inputs
 from tools.bench_report import OWN_PEER, Row, Run, aligned, append_run, load_runs, markdown, other_rows, plot, results_name, table
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-TOKENS = 16384  # batch * seqlen
-WIDTH = 2048  # heads * head_dim
+GRID_HEAD_DIMS = (64, 128, 256)
+GRID_DEFAULTS: dict[str, Any] = {"seqlens": (1024, 4096, 16384), "directions": ("fwd",), "causal": "both", "gqa": (1,)}
 WARM_UP_S = 1.0
 LEAD_MS = 100.0  # much longer than the window over which a GPU averages its power
-BACKWARD_FLOPS = 2.5  # times the forward's: five products for its two
 # Between two implementations on standard normal inputs: some roundings of a 16-bit result, no more. Gradients reach larger numbers.
 DISAGREEMENT = {"fwd": 0.05, "bwd": 0.2}
 
 DISAGREES = "disagrees"  # the mark of a row whose result is not the peers'
 
 
-@dataclass(frozen=True)
-class Point:
-    """One case of the grid; seqlen_q = seqlen_k = seqlen."""
-
-    dtype: str
-    head_dim: int
-    seqlen: int
-    causal: bool
-    gqa_ratio: int = 1
-    direction: str = "fwd"
-
-    @property
-    def batch(self) -> int:
-        return max(1, TOKENS // self.seqlen)
-
-    @property
-    def num_heads_q(self) -> int:
-        return WIDTH // self.head_dim
-
-    @property
-    def num_heads_kv(self) -> int:
-        return self.num_heads_q // self.gqa_ratio
-
-    @property
-    def q_shape(self) -> tuple[int, ...]:
-        return self.batch, self.seqlen, self.num_heads_q, self.head_dim
-
-    @property
-    def kv_shape(self) -> tuple[int, ...]:
-        return self.batch, self.seqlen, self.num_heads_kv, self.head_dim
-
-    def row(self, peer: str, milliseconds: float, remark: str = "") -> Row:
-        """The result row of a call that took so long."""
-        flops = forward_flops(self.batch, self.num_heads_q, self.seqlen, self.seqlen, self.head_dim, self.causal)
-        flops *= BACKWARD_FLOPS if self.direction == "bwd" else 1.0
-        gqa = f"gqa{self.gqa_ratio}" if self.gqa_ratio != 1 else ""
-        return Row(
-            peer=peer,
-            direction=self.direction,
-            dtype=self.dtype,
-            d=self.head_dim,
-            b=self.batch,
-            h=self.num_heads_q,
-            hk=self.num_heads_kv,
-            s=self.seqlen,
-            causal=int(self.causal),
-            extra=" ".join(filter(None, (gqa, remark))),
-            ms=round(milliseconds, 5),
-            tflops=round(flops / milliseconds / 1e9, 1),
-        )
+def points(arguments: argparse.Namespace) -> Iterator[Point]:
+    """The points asked for."""
+    if arguments.no_grid:
+        return iter(())
+    if arguments.cases is not None:
+        return case_points(arguments.cases, arguments.dtypes, arguments.head_dims)
+    return grid(arguments)
 
 
 def grid(arguments: argparse.Namespace) -> Iterator[Point]:
-    """The points asked for; a GQA ratio that does not divide the number of heads is left out."""
-    masks = {"full": (False,), "causal": (True,), "both": (False, True)}[arguments.causal]
-    cases = product(arguments.directions, arguments.dtypes, arguments.head_dims, arguments.gqa, masks, arguments.seqlens)
-    for direction, dtype, head_dim, ratio, causal, seqlen in cases:
+    """The dense grid's points; a GQA ratio that does not divide the number of heads is left out."""
+    seqlens, directions, causal, gqa = (getattr(arguments, name) or default for name, default in GRID_DEFAULTS.items())
+    masks = {"full": (False,), "causal": (True,), "both": (False, True)}[causal]
+    cases = product(directions, arguments.dtypes, arguments.head_dims or GRID_HEAD_DIMS, gqa, masks, seqlens)
+    for direction, dtype, head_dim, ratio, is_causal, seqlen in cases:
         if WIDTH // head_dim % ratio == 0:
-            yield Point(dtype, head_dim, seqlen, causal, ratio, direction)
+            yield Point(dtype, head_dim, seqlen, is_causal, ratio, direction)
 
 
 # ---- measuring -----------------------------------------------------------------------------------------------------------------------
@@ -128,14 +89,14 @@ def interleaved_medians(
 
 
 def measure_point(device: ArrayDevice, peers: dict[str, Prepare], point: Point, rounds: int, count: int) -> list[Row]:
-    """Every peer that can do this point; one that cannot says so on stderr and is left out. This library must; its rows name the family
-    that was asked for."""
-    q, k, v = [device.normal(shape, point.dtype) for shape in (point.q_shape, point.kv_shape, point.kv_shape)]
+    """Every peer that can do this point, and the point's baseline; one that cannot says so on stderr and is left out. This library must;
+    its rows name the family that was asked for."""
+    inputs = device.inputs(point)
     calls: dict[str, Call] = {}
     results: dict[str, Any] = {}
     for name, prepare in peers.items():
         try:
-            call = prepare(q, k, v, point.causal)
+            call = prepare(inputs)
             results[name] = call()
             device.synchronize()
             calls[name] = call
@@ -150,6 +111,9 @@ def measure_point(device: ArrayDevice, peers: dict[str, Prepare], point: Point, 
         if not difference <= DISAGREEMENT[point.direction]:  # nor is NaN
             remark = f"{remark} {DISAGREES}".strip() if DISAGREES not in remark else remark
             print(f"{point}: {OWN_PEER} and {name} differ by {difference:.3g}", file=sys.stderr)
+    if point.baseline is not None:
+        name, plainer = point.baseline
+        calls[name] = peers[OWN_PEER](device.inputs(plainer, like=inputs))
     medians = interleaved_medians(calls, device.timings, rounds, count)
     return [point.row(name, milliseconds, remark if name == OWN_PEER else "") for name, milliseconds in medians.items()]
 
@@ -157,8 +121,8 @@ def measure_point(device: ArrayDevice, peers: dict[str, Prepare], point: Point, 
 def measure_host(devices: Sequence[ArrayDevice]) -> Iterator[Row]:
     """Host time of a small call whose kernel is cached: batch 1, seqlen 64, 16 heads, head_dim 128, bf16."""
     for device in devices:
-        q, k, v = (device.normal((1, 64, 16, 128), "bf16") for _ in range(3))
-        for peer, extra, call in device.host_calls(q, k, v):
+        inputs = Inputs(*(device.normal((1, 64, 16, 128), "bf16") for _ in range(3)))
+        for peer, extra, call in device.host_calls(inputs):
             microseconds = host_microseconds(call, device.synchronize)
             yield Row(peer, "host", "bf16", 128, 1, 16, 16, 64, 0, extra, round(microseconds / 1e3, 5))
 
@@ -234,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] in (["table"], ["plot"]):
         return report(argv[0], argv[1:])
-    arguments = run_parser().parse_args(argv[1:] if argv[:1] == ["run"] else argv)
+    arguments = run_arguments(argv[1:] if argv[:1] == ["run"] else argv)
     try:
         devices = current_devices()
     except MockMode as error:
@@ -252,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows += measure_ceilings(device)
     peers = {"fwd": device.peers(arguments.fa3_library), "bwd": device.backward_peers(arguments.fa3_library is not None)}
     chosen = None if arguments.peers is None else (OWN_PEER, *arguments.peers)
-    for point in [] if arguments.no_grid else grid(arguments):
+    for point in points(arguments):
         here = {name: prepare for name, prepare in peers[point.direction].items() if chosen is None or name in chosen}
         measured = measure_point(device, here, point, arguments.rounds, arguments.calls)
         rows += measured
@@ -275,16 +239,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if any(DISAGREES in row.extra for row in rows) else 0
 
 
+def run_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The options of a measuring run; ends the program where they contradict each other."""
+    parser = run_parser()
+    arguments = parser.parse_args(argv)
+    given = [f"--{name}" for name in GRID_DEFAULTS if getattr(arguments, name) is not None]
+    if arguments.cases is not None and given:
+        parser.error(f"--cases names its points itself: leave out {', '.join(given)}")
+    return arguments
+
+
 def run_parser() -> argparse.ArgumentParser:
     """The options of a measuring run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128, 256], metavar="N")
-    parser.add_argument("--seqlens", type=int, nargs="+", default=[1024, 4096, 16384], metavar="N")
+    parser.add_argument("--cases", nargs="+", choices=CASES, help="these sets of forwards in place of the dense grid")
+    parser.add_argument("--head-dims", type=int, nargs="+", metavar="N", help="(default: 64 128 256; of --cases: each set's own)")
+    parser.add_argument("--seqlens", type=int, nargs="+", metavar="N", help="of the grid (default: 1024 4096 16384)")
     parser.add_argument("--dtypes", nargs="+", default=["bf16"], choices=["bf16", "f16"])
-    parser.add_argument("--directions", nargs="+", default=["fwd"], choices=["fwd", "bwd"], help="passes (default: fwd)")
+    parser.add_argument("--directions", nargs="+", choices=["fwd", "bwd"], help="passes of the grid (default: fwd)")
     parser.add_argument("--deterministic", action="store_true", help="this library's backward with deterministic=True")
-    parser.add_argument("--causal", default="both", choices=["full", "causal", "both"], help="masks (default: both)")
-    parser.add_argument("--gqa", type=int, nargs="+", default=[1], metavar="N", help="query heads to a key head (default: 1)")
+    parser.add_argument("--causal", choices=["full", "causal", "both"], help="masks of the grid (default: both)")
+    parser.add_argument("--gqa", type=int, nargs="+", metavar="N", help="query heads to a key head in the grid (default: 1)")
     parser.add_argument("--family", choices=FAMILIES, help="this library's kernels (default: the family that serves the call)")
     parser.add_argument("--peers", nargs="*", choices=["fa2", "cudnn", "fa3"], help="only these (default: all there are; none: --peers)")
     parser.add_argument("--fa3-library", type=Path, metavar="PATH", help="shared library that registers torch.ops.flash_attn_3")

@@ -16,14 +16,16 @@ from cutlass_fa.demo import launch_problem
 from cutlass_fa.device import device_info
 from cutlass_fa.errors import MockMode
 from cutlass_fa.toolchain import find_toolchain
+from tools.bench_cases import MIXES, Point
+from tools.bench_inputs import Inputs, alibi_slopes, cumulative, sink_logits
 from tools.bench_report import OWN_PEER
 
 COPY_BYTES = 2 << 30
 MATMUL_SIZE = 8192
 
 Call: TypeAlias = Callable[[], Any]
-# (q, k, v, causal) -> a call that returns out (of a backward: dk), everything allocated
-Prepare: TypeAlias = Callable[[Any, Any, Any, bool], Call]
+# a call that returns out (of a backward: dk), everything allocated; NotImplementedError where it lacks a feature of the inputs
+Prepare: TypeAlias = Callable[[Inputs], Call]
 
 
 def current_devices() -> list[ArrayDevice]:
@@ -39,7 +41,7 @@ def current_devices() -> list[ArrayDevice]:
 
 
 class ArrayDevice(ABC):
-    """The current CUDA device and an array library on it. Arrays are (batch, seqlen, heads, head_dim)."""
+    """The current CUDA device and an array library on it."""
 
     library: str
     family: str | None = None  # of this library's forward; None: the one that serves the call
@@ -62,21 +64,44 @@ class ArrayDevice(ABC):
             "Python": platform.python_version(),
         }
 
-    def own_call(self, q: Any, k: Any, v: Any, causal: bool) -> Call:
+    def inputs(self, point: Point, like: Inputs | None = None) -> Inputs:
+        """The arrays of a point: standard normal q, k and v, or those of `like` where their shapes are the point's."""
+        if like is not None and (tuple(like.q.shape), tuple(like.k.shape)) == (point.q_shape, point.kv_shape):
+            q, k, v = like.q, like.k, like.v
+        else:
+            q, k, v = (self.normal(shape, point.dtype) for shape in (point.q_shape, point.kv_shape, point.kv_shape))
+        lengths = None if point.lengths is None else MIXES[point.lengths]
+        return Inputs(
+            *(q, k, v, point.causal),
+            window_size=None if point.window == (-1, -1) else point.window,
+            sink_tokens=point.sink_tokens or None,
+            alibi_slopes=self.asarray(alibi_slopes(point.num_heads_q)) if point.alibi else None,
+            learnable_sink=self.asarray(sink_logits(point.num_heads_q)) if point.learnable_sink else None,
+            cu_seqlens=None if lengths is None else self.asarray(cumulative(lengths)),
+            max_seqlen=max(lengths or (0,)),
+        )
+
+    def own_call(self, inputs: Inputs) -> Call:
         """This library, writing into an array made beforehand."""
-        out = self.empty_like(q)
-        return lambda: cutlass_fa.flash_attn_func(q, k, v, causal=causal, out=out, family=self.family)
+        q, k, v = inputs.q, inputs.k, inputs.v
+        options = {**inputs.options, "out": self.empty_like(q), "family": self.family}
+        if inputs.cu_seqlens is None:
+            return lambda: cutlass_fa.flash_attn_func(q, k, v, **options)
+        starts, longest = inputs.cu_seqlens, inputs.max_seqlen
+        return lambda: cutlass_fa.flash_attn_varlen_func(q, k, v, starts, starts, longest, longest, **options)
 
     def peers(self, fa3_library: Path | None) -> dict[str, Prepare]:
         """Who can be timed, by name."""
         return {OWN_PEER: self.own_call}
 
-    def own_backward_call(self, q: Any, k: Any, v: Any, causal: bool) -> Call:
+    def own_backward_call(self, inputs: Inputs) -> Call:
         """This library's backward, writing into arrays made beforehand; its workspace is allocated anew each time."""
+        inputs.check_features()
+        q, k, v = inputs.q, inputs.k, inputs.v
         dout = self.like(q)
-        out, lse = cutlass_fa.flash_attn_func(q, k, v, causal=causal, return_lse=True)
+        out, lse = cutlass_fa.flash_attn_func(q, k, v, causal=inputs.causal, return_lse=True)
         into = {"dq": self.empty_like(q), "dk": self.empty_like(k), "dv": self.empty_like(v)}
-        options: dict[str, Any] = {"causal": causal, "deterministic": self.deterministic}
+        options: dict[str, Any] = {"causal": inputs.causal, "deterministic": self.deterministic}
         return lambda: cutlass_fa.flash_attn_backward(dout, q, k, v, out, lse, **options, **into)[1]
 
     def backward_peers(self, has_fa3: bool) -> dict[str, Prepare]:
@@ -92,16 +117,21 @@ class ArrayDevice(ABC):
 
     _dout: tuple[Any, Any] = (None, None)
 
-    def host_calls(self, q: Any, k: Any, v: Any) -> list[tuple[str, str, Call]]:
+    def host_calls(self, inputs: Inputs) -> list[tuple[str, str, Call]]:
         """Calls whose host time is of interest: (peer, remark, call)."""
+        q, k, v = inputs.q, inputs.k, inputs.v
         return [
-            (OWN_PEER, f"{self.library} out=", self.own_call(q, k, v, False)),
+            (OWN_PEER, f"{self.library} out=", self.own_call(inputs)),
             (OWN_PEER, self.library, lambda: cutlass_fa.flash_attn_func(q, k, v, family=self.family)),
         ]
 
     @abstractmethod
     def normal(self, shape: tuple[int, ...], dtype: str) -> Any:
         """Standard normal numbers in "bf16" or "f16"."""
+
+    @abstractmethod
+    def asarray(self, values: np.ndarray) -> Any:
+        """A copy on the GPU."""
 
     @abstractmethod
     def empty_like(self, x: Any) -> Any: ...
@@ -148,11 +178,11 @@ class TorchDevice(ArrayDevice):
             found["fa3"] = self._fa3_call
         return found
 
-    def host_calls(self, q: Any, k: Any, v: Any) -> list[tuple[str, str, Call]]:
-        calls = super().host_calls(q, k, v)
+    def host_calls(self, inputs: Inputs) -> list[tuple[str, str, Call]]:
+        calls = super().host_calls(inputs)
         for name, prepare in self.peers(None).items():
             if name != OWN_PEER:
-                calls.append((name, "torch sdpa", prepare(q, k, v, False)))
+                calls.append((name, "torch sdpa", prepare(inputs)))
         return calls
 
     def _sdpa(self, backend: Any) -> Prepare:
@@ -160,9 +190,10 @@ class TorchDevice(ArrayDevice):
         attention = self._torch.nn.functional.scaled_dot_product_attention
         sdpa_kernel = self._attention.sdpa_kernel
 
-        def prepare(q: Any, k: Any, v: Any, causal: bool) -> Call:
-            views = [x.transpose(1, 2) for x in (q, k, v)]
-            grouped = q.shape[2] != k.shape[2]
+        def prepare(inputs: Inputs) -> Call:
+            inputs.check_features()
+            views = [x.transpose(1, 2) for x in (inputs.q, inputs.k, inputs.v)]
+            causal, grouped = inputs.causal, inputs.q.shape[2] != inputs.k.shape[2]
 
             def call() -> Any:
                 with sdpa_kernel(backend):
@@ -172,9 +203,17 @@ class TorchDevice(ArrayDevice):
 
         return prepare
 
-    def _fa3_call(self, q: Any, k: Any, v: Any, causal: bool) -> Call:
-        forward, scale = self._torch.ops.flash_attn_3.fwd, q.shape[3] ** -0.5
-        return lambda: forward(q, k, v, softmax_scale=scale, is_causal=causal)[0]
+    def _fa3_call(self, inputs: Inputs) -> Call:
+        """The operator that its flash_attn_func and flash_attn_varlen_func call."""
+        inputs.check_features("window_size", "cu_seqlens")
+        forward, q, k, v = self._torch.ops.flash_attn_3.fwd, inputs.q, inputs.k, inputs.v
+        options: dict[str, Any] = {"softmax_scale": q.shape[-1] ** -0.5, "is_causal": inputs.causal}
+        if inputs.window_size is not None:  # is_causal bounds the right side at 0, as in this library
+            options |= {"window_size_left": inputs.window_size[0], "window_size_right": inputs.window_size[1]}
+        if inputs.cu_seqlens is not None:
+            options |= {"cu_seqlens_q": inputs.cu_seqlens, "cu_seqlens_k": inputs.cu_seqlens}
+            options |= {"max_seqlen_q": inputs.max_seqlen, "max_seqlen_k": inputs.max_seqlen}
+        return lambda: forward(q, k, v, **options)[0]
 
     def backward_peers(self, has_fa3: bool) -> dict[str, Prepare]:
         backends = self._attention.SDPBackend
@@ -186,17 +225,21 @@ class TorchDevice(ArrayDevice):
         torch = self._torch
         attention = torch.nn.functional.scaled_dot_product_attention
 
-        def prepare(q: Any, k: Any, v: Any, causal: bool) -> Call:
-            views = [x.detach().transpose(1, 2).requires_grad_() for x in (q, k, v)]
+        def prepare(inputs: Inputs) -> Call:
+            inputs.check_features()
+            q, k = inputs.q, inputs.k
+            views = [x.detach().transpose(1, 2).requires_grad_() for x in (q, k, inputs.v)]
             dout = self.like(q).transpose(1, 2)
             with self._attention.sdpa_kernel(backend):
-                out = attention(*views, is_causal=causal, enable_gqa=q.shape[2] != k.shape[2])
+                out = attention(*views, is_causal=inputs.causal, enable_gqa=q.shape[2] != k.shape[2])
             return lambda: torch.autograd.grad(out, views, dout, retain_graph=True)[1].transpose(1, 2)
 
         return prepare
 
-    def _fa3_backward_call(self, q: Any, k: Any, v: Any, causal: bool) -> Call:
-        ops, options = self._torch.ops.flash_attn_3, {"softmax_scale": q.shape[3] ** -0.5, "is_causal": causal}
+    def _fa3_backward_call(self, inputs: Inputs) -> Call:
+        inputs.check_features()
+        q, k, v = inputs.q, inputs.k, inputs.v
+        ops, options = self._torch.ops.flash_attn_3, {"softmax_scale": q.shape[3] ** -0.5, "is_causal": inputs.causal}
         out, lse = ops.fwd(q, k, v, **options)[:2]
         dout, dq, dk, dv = self.like(q), self.empty_like(q), self.empty_like(k), self.empty_like(v)
 
@@ -208,6 +251,9 @@ class TorchDevice(ArrayDevice):
 
     def normal(self, shape: tuple[int, ...], dtype: str) -> Any:
         return self._torch.randn(shape, dtype=self._dtypes[dtype], device="cuda")
+
+    def asarray(self, values: np.ndarray) -> Any:
+        return self._torch.from_numpy(values).cuda()
 
     def empty_like(self, x: Any) -> Any:
         return self._torch.empty_like(x)
@@ -256,6 +302,9 @@ class CupyDevice(ArrayDevice):
     def normal(self, shape: tuple[int, ...], dtype: str) -> Any:
         values = self._rng.standard_normal(shape, dtype=np.float32).astype(self._dtypes[dtype])
         return self._cupy.asarray(values.view(np.uint16)).view(values.dtype)
+
+    def asarray(self, values: np.ndarray) -> Any:
+        return self._cupy.asarray(values)
 
     def empty_like(self, x: Any) -> Any:
         return self._cupy.empty_like(x)

@@ -9,15 +9,21 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 OWN_PEER = "cutlass_fa"
 BASELINE_PEER = "fa3"
 PEER_ORDER = (OWN_PEER, "fa3", "cudnn", "fa2")
+# This library beside itself: without the ALiBi or the sinks of a case, whose price is a matter of time, and on packed sequences of equal
+# lengths, whose rate is what counts.
+WITHOUT, EQUAL = "without", "equal"
 COLUMNS = ("peer", "pass", "dtype", "d", "b", "h", "hk", "s", "causal", "extra", "ms", "tflops", "gbs")
+# In a file only where a row uses them.
+FEATURE_COLUMNS = {"sk": 0, "window": (-1, -1), "sink_tokens": 0, "alibi": 0, "learnable_sink": 0, "lengths": ""}
 
 
 @dataclass(frozen=True)
@@ -25,8 +31,9 @@ class Row:
     """One measurement.
 
     peer: who did it. direction: "pass" of a file: "fwd", "bwd", "host" (host time of a call), "copy", "matmul". d: head_dim. b: batch.
-    h, hk: query and key heads. s: sequence length of queries and keys. causal: 0 or 1. extra: what else tells rows apart. ms: median of
-    the timings. tflops, gbs: TFLOP/s and GB/s, None where they say nothing.
+    h, hk: query and key heads. s: sequence length of queries, and of keys where sk is 0; of packed sequences, the rows of all. causal: 0 or
+    1. extra: what else tells rows apart. ms: median of the timings. tflops, gbs: TFLOP/s and GB/s, None where they say nothing. window:
+    (left, right), -1 unbounded. sink_tokens: how many. alibi, learnable_sink: 0 or 1. lengths: the mix of packed sequences.
     """
 
     peer: str
@@ -42,21 +49,36 @@ class Row:
     ms: float
     tflops: float | None = None
     gbs: float | None = None
+    sk: int = 0
+    window: tuple[int, int] = (-1, -1)
+    sink_tokens: int = 0
+    alibi: int = 0
+    learnable_sink: int = 0
+    lengths: str = ""
+
+    @property
+    def features(self) -> dict[str, Any]:
+        """Those of FEATURE_COLUMNS that the row uses."""
+        return {name: getattr(self, name) for name, unused in FEATURE_COLUMNS.items() if getattr(self, name) != unused}
 
     @property
     def case(self) -> tuple[Any, ...]:
         """What was measured, whoever did it and with whichever family of kernels; sorts in reading order."""
         extra = " ".join(word for word in self.extra.split() if not word.startswith("family="))
-        return (self.direction, self.dtype, self.h != self.hk, self.d, self.causal, self.s, self.h, self.hk, extra)
+        features = (self.lengths, self.window, self.sink_tokens, self.alibi, self.learnable_sink)
+        return (self.direction, self.dtype, self.h != self.hk, self.d, self.causal, *features, self.s, self.sk, self.h, self.hk, extra)
 
     def as_dict(self) -> dict[str, Any]:
-        """The row under the names of COLUMNS, in their order."""
+        """The row under the names of COLUMNS, in their order, and the features that it uses."""
         values = {"pass" if name == "direction" else name: value for name, value in asdict(self).items()}
-        return {name: values[name] for name in COLUMNS}
+        return {name: values[name] for name in COLUMNS} | self.features
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Row:
-        return cls(**{"direction" if name == "pass" else name: values[name] for name in COLUMNS})
+        features = {name: values[name] for name in FEATURE_COLUMNS if name in values}
+        if "window" in features:
+            features["window"] = tuple(features["window"])
+        return cls(**{"direction" if name == "pass" else name: values[name] for name in COLUMNS}, **features)
 
 
 @dataclass(frozen=True)
@@ -117,30 +139,70 @@ def results_name(device: str) -> str:
 # ---- tables --------------------------------------------------------------------------------------------------------------------------
 
 
+Found: TypeAlias = dict[str, Row]  # the rows of one case, by peer
+Column: TypeAlias = tuple[str, Callable[[Found], str]]  # a header, and the text of a case
+
+
 def table(rows: Iterable[Row]) -> list[list[str]]:
-    """Rows side by side: a header, then a line for each case with every peer's TFLOP/s and what this library's is of theirs. A pass is
-    named where there are several."""
-    cases: dict[tuple[Any, ...], dict[str, Row]] = {}
+    """Rows side by side: a header, then a line for each case with every peer's TFLOP/s and what this library's is of theirs. A pass other
+    than the forward, a window, packed lengths and other features have columns where some case has them."""
+    cases: dict[tuple[Any, ...], Found] = {}
     for row in rows:
         if row.tflops is not None and row.peer != "ceiling":
             cases.setdefault(row.case, {})[row.peer] = row
-    peers = _ordered({peer for found in cases.values() for peer in found})
-    others = [peer for peer in peers if peer != OWN_PEER]
-    directions = {row.direction for found in cases.values() for row in found.values()}
-    header = ["pass"] * (directions != {"fwd"}) + ["dtype", "head_dim", "heads", "mask", "seqlen", *peers]
-    if OWN_PEER in peers and others:
-        header += ["of fa3"] * (BASELINE_PEER in others) + ["of best peer"]
-    lines = [header]
-    for case in sorted(cases):
-        found = cases[case]
-        row = next(iter(found.values()))
-        heads = f"{row.h}" if row.h == row.hk else f"{row.h}/{row.hk}"
-        line = [row.direction] * (directions != {"fwd"}) + [row.dtype, str(row.d), heads, "causal" if row.causal else "full", str(row.s)]
-        line += [_tflops(found.get(peer)) for peer in peers]
-        if OWN_PEER in peers and others:
-            line += [_ratio(found, [BASELINE_PEER])] * (BASELINE_PEER in others) + [_ratio(found, others)]
-        lines.append(line)
-    return lines
+    every = [row for found in cases.values() for row in found.values()]
+    columns = [*_case_columns(every), *_peer_columns(_ordered(row.peer for row in every), any(row.sk for row in every))]
+    return [[header for header, _ in columns], *([text(cases[case]) for _, text in columns] for case in sorted(cases))]
+
+
+def _case_columns(rows: Sequence[Row]) -> list[Column]:
+    """What was measured, as every row of a case says it."""
+    used = {name for row in rows for name in row.features} | ({"pass"} if {row.direction for row in rows} != {"fwd"} else set())
+    optional: list[tuple[str, str, Callable[[Row], str]]] = [
+        ("window", "window", _window),
+        ("sink_tokens", "sinks", lambda row: str(row.sink_tokens or "-")),
+        ("alibi", "bias", lambda row: "ALiBi" if row.alibi else "-"),
+        ("learnable_sink", "learnable sink", lambda row: "yes" if row.learnable_sink else "-"),
+        ("lengths", "lengths", lambda row: row.lengths or "-"),
+    ]
+    columns: list[tuple[str, Callable[[Row], str]]] = [
+        *[("pass", lambda row: row.direction)] * ("pass" in used),
+        ("dtype", lambda row: row.dtype),
+        ("head_dim", lambda row: str(row.d)),
+        ("heads", lambda row: f"{row.h}" if row.h == row.hk else f"{row.h}/{row.hk}"),
+        ("mask", lambda row: "causal" if row.causal else "full"),
+        *[(header, text) for name, header, text in optional if name in used],
+        ("seqlen", lambda row: str(row.s)),
+        *[("seqlen_k", lambda row: str(row.sk or row.s))] * ("sk" in used),
+    ]
+    return [(header, partial(_of_any_row, text)) for header, text in columns]
+
+
+def _of_any_row(text: Callable[[Row], str], found: Found) -> str:
+    return text(next(iter(found.values())))
+
+
+def _window(row: Row) -> str:
+    """The keys of a causal window, the query's own included; of another (left, right)."""
+    left, right = row.window
+    if row.window == (-1, -1):
+        return "-"
+    return str(left + 1) if row.causal else f"({left}, {right})"
+
+
+def _peer_columns(peers: Sequence[str], with_time: bool) -> list[Column]:
+    """Rates, this library's time where asked for, and ratios to the peers there are."""
+    columns: list[Column] = [(peer, partial(_tflops, peer)) for peer in peers]
+    if OWN_PEER not in peers:
+        return columns
+    if with_time:
+        columns.append((f"{OWN_PEER} ms", lambda found: f"{found[OWN_PEER].ms:.3f}" if OWN_PEER in found else "-"))
+    others = [peer for peer in peers if peer not in (OWN_PEER, WITHOUT, EQUAL)]
+    columns += [("of fa3", lambda found: _ratio(found, [BASELINE_PEER]))] * (BASELINE_PEER in others)
+    columns += [("of best peer", lambda found: _ratio(found, others))] * bool(others)
+    columns += [("of without", lambda found: _ratio(found, [WITHOUT]))] * (WITHOUT in peers)
+    columns += [("of equal", _rate_of_equal)] * (EQUAL in peers)
+    return columns
 
 
 def _ordered(peers: Iterable[str]) -> list[str]:
@@ -149,14 +211,20 @@ def _ordered(peers: Iterable[str]) -> list[str]:
     return [peer for peer in PEER_ORDER if peer in found] + sorted(found - set(PEER_ORDER))
 
 
-def _tflops(row: Row | None) -> str:
-    return "-" if row is None or row.tflops is None else f"{row.tflops:.0f}"
+def _tflops(peer: str, found: Found) -> str:
+    return f"{found[peer].tflops:.0f}" if peer in found else "-"
 
 
-def _ratio(found: dict[str, Row], others: Sequence[str]) -> str:
+def _ratio(found: Found, others: Sequence[str]) -> str:
     """This library's speed over the fastest of `others`."""
     times = [found[peer].ms for peer in others if peer in found]
     return f"{min(times) / found[OWN_PEER].ms:.2f}" if times and OWN_PEER in found else "-"
+
+
+def _rate_of_equal(found: Found) -> str:
+    """This library's TFLOP/s over those on equal lengths, whose FLOPs are not quite the same."""
+    own, equal = found.get(OWN_PEER), found.get(EQUAL)
+    return "-" if own is None or equal is None or not own.tflops or not equal.tflops else f"{own.tflops / equal.tflops:.2f}"
 
 
 def other_rows(rows: Iterable[Row]) -> list[list[str]]:
@@ -191,14 +259,16 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
 def plot(run: Run, directory: Path, stem: str) -> list[Path]:
     """TFLOP/s against sequence length: a PNG for each direction and dtype, a panel for each mask and head_dim. Needs matplotlib.
 
-    Rows of grouped heads, and cases that no sequence length follows, are left to the table. Returns the files written.
+    Rows of grouped heads, of windows, packed sequences and other features, and cases that no sequence length follows, are left to the
+    table. Returns the files written.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [row for row in run.rows if row.tflops is not None and row.peer != "ceiling" and row.h == row.hk and not row.extra]
+    timed = [row for row in run.rows if row.tflops is not None and row.peer != "ceiling"]
+    rows = [row for row in timed if row.h == row.hk and not row.extra and not row.features]
     written = []
     for direction, dtype in sorted({(row.direction, row.dtype) for row in rows}):
         chosen = [row for row in rows if (row.direction, row.dtype) == (direction, dtype)]

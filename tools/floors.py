@@ -74,8 +74,9 @@ def floor_of(row: Row, ceilings: Ceilings) -> Floor:
 
 
 def forward_rows(rows: Iterable[Row]) -> list[Row]:
-    """This library's forwards of 16-bit arrays, in reading order."""
-    chosen = [row for row in rows if row.peer == OWN_PEER and row.direction == "fwd" and row.dtype in ELEMENT_BYTES]
+    """This library's forwards of 16-bit arrays with a full or causal mask and nothing else, in reading order."""
+    own = [row for row in rows if row.peer == OWN_PEER and row.direction == "fwd" and not row.features]
+    chosen = [row for row in own if row.dtype in ELEMENT_BYTES]
     return sorted(chosen, key=lambda row: row.case)
 
 

@@ -29,7 +29,8 @@ from cutlass_fa.arch.limits import limits_of, table_arch
 from cutlass_fa.cells.fa2_bwd import Fa2BwdCell
 from cutlass_fa.dispatch import DispatchKey
 from cutlass_fa.kernels import load_or_compile
-from tools.bench import Point, interleaved_medians
+from tools.bench import interleaved_medians
+from tools.bench_cases import Point
 
 TILE_MS = (32, 64, 96, 128)
 TILE_NS = (32, 64, 96, 128, 192, 256)
@@ -151,13 +152,14 @@ def measured(built: list[tuple[Fa2BwdCell, Any]], point: Point, rounds: int) -> 
 
     import cutlass_fa
     from tools.bench_device import TorchDevice
+    from tools.bench_inputs import Inputs
 
     device = TorchDevice(torch)
     q, k, v, dout = (torch.randn(point.q_shape, device="cuda", dtype=torch.bfloat16) for _ in range(4))
     out, lse = cutlass_fa.flash_attn_func(q, k, v, causal=point.causal, return_lse=True)
     arrays = (dout, q, k, v, out, lse, *(torch.empty_like(x) for x in (q, k, v)))
     calls = {label(cell): launcher(cell, point, arrays) for cell, _ in built}
-    calls["fa2"] = device.backward_peers(False)["fa2"](q, k, v, point.causal)
+    calls["fa2"] = device.backward_peers(False)["fa2"](Inputs(q, k, v, point.causal))
     medians = interleaved_medians(calls, device.timings, rounds, 5)
     return {name: point.row(name, milliseconds).tflops or 0.0 for name, milliseconds in medians.items()}
 

@@ -32,8 +32,10 @@ from cutlass_fa.cells.fa2_fwd import Fa2FwdCell
 from cutlass_fa.cells.fa3_fwd import Fa3FwdCell
 from cutlass_fa.dispatch import DispatchKey
 from cutlass_fa.kernels import Kernel, load_or_compile
-from tools.bench import Point, interleaved_medians
-from tools.bench_device import TorchDevice
+from tools.bench import interleaved_medians
+from tools.bench_cases import Point
+from tools.bench_device import Prepare, TorchDevice
+from tools.bench_inputs import Inputs
 
 TILE_NS = {64: (96, 112, 128, 144, 160, 176, 192), 80: (96, 112, 128, 144, 160, 176, 192), 96: (80, 96, 112, 128, 144, 160, 176, 192),
            128: (80, 96, 112, 128, 144, 160, 176, 192), 192: (64, 80, 96, 112), 256: (48, 64, 80)}  # fmt: skip
@@ -109,8 +111,8 @@ def label(cell: Cell) -> str:
     return f"{cell.tile_m}x{cell.tile_n} {cell.tile.scheduler} q{cell.q_stages}" + " own" * cell.has_own_overlap
 
 
-def launchers(built: list[tuple[Cell, Kernel]], point: Point, peers: dict[str, Any]) -> dict[str, Any]:
-    """What to time on one problem, by label. peers: functions of q, k, v and causal that give a call."""
+def launchers(built: list[tuple[Cell, Kernel]], point: Point, peers: dict[str, Prepare]) -> dict[str, Any]:
+    """What to time on one problem, by label."""
     import torch
 
     from cutlass_fa.arrays import library_of
@@ -131,7 +133,7 @@ def launchers(built: list[tuple[Cell, Kernel]], point: Point, peers: dict[str, A
         return lambda _keep=(q, k, v, out): plan.run(pointers, out.data_ptr(), lse.data_ptr(), torch.cuda.current_stream().cuda_stream)
 
     runs = {label(cell): ours(kernel) for cell, kernel in built}
-    return runs | {name: prepare(q, k, v, point.causal) for name, prepare in peers.items()}
+    return runs | {name: prepare(Inputs(q, k, v, point.causal)) for name, prepare in peers.items()}
 
 
 def compiled(cells: list[Cell], pool: ProcessPoolExecutor) -> list[tuple[Cell, Kernel]]:
@@ -140,7 +142,7 @@ def compiled(cells: list[Cell], pool: ProcessPoolExecutor) -> list[tuple[Cell, K
     return [(cell, kernel) for cell, kernel in pairs if kernel.cubin.spill_bytes == 0 and not kernel.cubin.warnings]
 
 
-def sweep(head_dim: int, causal: bool, arguments: argparse.Namespace, peers: dict[str, Any], pool: ProcessPoolExecutor) -> None:
+def sweep(head_dim: int, causal: bool, arguments: argparse.Namespace, peers: dict[str, Prepare], pool: ProcessPoolExecutor) -> None:
     cells: list[Cell] = []
     if arguments.family == "fa2":
         cells += fa2_candidates(arguments.arch, head_dim, causal, arguments.tiles)
@@ -181,7 +183,7 @@ def report(built: list[tuple[Cell, Kernel]], rates: dict[str, list[float]], seql
         print(f"{name:24} {measured}   {needed}/{available} {kernel.cubin.registers} {cell.smem_bytes // 1024} {share}{mark}", flush=True)
 
 
-def peers_of(arguments: argparse.Namespace) -> dict[str, Any]:
+def peers_of(arguments: argparse.Namespace) -> dict[str, Prepare]:
     """What is timed beside the candidates: FlashAttention-3 where its library is given, PyTorch's flash attention beside family fa2."""
     if arguments.compile_only:
         return {}
