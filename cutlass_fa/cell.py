@@ -117,6 +117,11 @@ class Cell(ABC):
         return self.key.varlen
 
     @property
+    def has_batch(self) -> bool:
+        """Whether arrays have a batch dimension: sequences are equally long."""
+        return not self.is_varlen
+
+    @property
     def has_window(self) -> bool:
         return self.key.sliding_window
 
@@ -134,7 +139,7 @@ class Cell(ABC):
 
     @property
     def has_offset(self) -> bool:
-        return self.key.offset
+        return self.key.position_offset
 
     @property
     def shift_words(self) -> str:

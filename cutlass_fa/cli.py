@@ -36,7 +36,7 @@ _PRESENCE_FLAGS = (
     ("paged", "K and V in a paged cache"),
     ("softcap", "scores capped by a tanh"),
     ("dropout", "dropout of probabilities"),
-    ("offset", "positions of the first query and key, as the call gives them"),
+    ("position_offset", "positions of the first query and key, as the call gives them"),
     ("float_out", "out in float32, to be merged with others"),
     ("deterministic", "a backward whose sums are taken in a fixed order"),
 )

@@ -16,12 +16,12 @@ from .arch.limits import ARCH_LIMITS, arch_problem
 from .errors import UnknownKey, UnsupportedCell
 
 FAMILIES = ("fa2", "fa3")
-DIRECTIONS = ("fwd", "bwd", "bwd_preprocess", "bwd_convert", "bwd_reduce", "varlen_tiles")
+DIRECTIONS = ("fwd", "bwd", "bwd_preprocess", "bwd_convert", "bwd_reduce", "sequence_tiles")
 ARCHS = tuple(ARCH_LIMITS)  # those with tables; later ones are served too
 DTYPES = ("f16", "bf16", "e4m3", "e5m2")
 FP8_DTYPES = ("e4m3", "e5m2")
 CELL_HEAD_DIMS = (64, 80, 96, 128, 192, 256)
-VARLEN_TILES_OF = ("bf16", 64)  # dtype and head_dim in the key of a kernel that depends on neither
+SEQUENCE_TILES_OF = ("bf16", 64)  # dtype and head_dim in the key of a kernel that depends on neither
 MAX_GQA_RATIO = 64  # a warpgroup's rows: every warpgroup then holds whole queries
 
 # Presence flags in the order in which they stand in a key's name: (field, word in the name).
@@ -33,7 +33,7 @@ FLAG_WORDS = (
     ("sink", "sink"),
     ("learnable_sink", "lsink"),
     ("paged", "paged"),
-    ("offset", "offsets"),
+    ("position_offset", "offsets"),
     ("softcap", "softcap"),
     ("dropout", "dropout"),
     ("float_out", "f32out"),
@@ -48,14 +48,14 @@ class DispatchKey:
 
     family: "fa2" (mma.sync + cp.async, sm_80 and later) or "fa3" (TMA + WGMMA, sm_90a).
     direction: "fwd", "bwd", or a pass beside them: "bwd_preprocess" before a backward, "bwd_convert" and "bwd_reduce" after it,
-        "varlen_tiles" before what works on packed sequences.
+        "sequence_tiles" before what works on packed sequences.
     arch: NVRTC's name of the target, e.g. "sm_90a"; any from sm_80 on.
     dtype: element type of q and k: "f16", "bf16", "e4m3" or "e5m2".
     head_dim: the cell's head_dim, one of 64, 80, 96, 128, 192, 256 (`cell_head_dim` rounds up).
-    causal, varlen, sliding_window, alibi, sink, learnable_sink, paged, offset, softcap, dropout, float_out, deterministic, split: presence
-        flags. sink is of sink tokens, learnable_sink of logits without a key. offset: the call says where its first query and key stand.
-        float_out: out is written in float32. The last two are the backward's: dq is summed in a fixed order; dk and dv are sums of parts
-        that several CTAs make.
+    causal, varlen, sliding_window, alibi, sink, learnable_sink, paged, position_offset, softcap, dropout, float_out, deterministic, split:
+        presence flags. sink is of sink tokens, learnable_sink of logits without a key. position_offset: the call says where its first query
+        and key stand. float_out: out is written in float32. The last two are the backward's: dq is summed in a fixed order; dk and dv are
+        sums of parts that several CTAs make.
     gqa_ratio: query heads packed into a tile's rows; 1 where heads are not packed (the ratio is then a runtime number).
     v_dtype: element type of v; "" (the default) means that of q and k.
     """
@@ -72,7 +72,7 @@ class DispatchKey:
     sink: bool = False
     learnable_sink: bool = False
     paged: bool = False
-    offset: bool = False
+    position_offset: bool = False
     softcap: bool = False
     dropout: bool = False
     float_out: bool = False
@@ -192,15 +192,17 @@ class DispatchTable:
                         yield key
 
 
+_MASKS = ("causal", "varlen", "sliding_window", "alibi", "sink")
+
 # What has a template: (family, direction) -> the presence flags that it knows.
 BUILT_FLAGS: dict[tuple[str, str], tuple[str, ...]] = {
-    ("fa2", "fwd"): ("causal", "varlen", "sliding_window", "alibi", "sink", "learnable_sink", "offset", "softcap", "dropout", "float_out"),
-    ("fa3", "fwd"): ("causal", "varlen", "sliding_window", "alibi", "sink", "learnable_sink", "offset", "softcap", "float_out"),
-    ("fa2", "bwd"): ("causal", "varlen", "sliding_window", "alibi", "sink", "offset", "softcap", "dropout", "deterministic", "split"),
+    ("fa2", "fwd"): (*_MASKS, "learnable_sink", "position_offset", "softcap", "dropout", "float_out"),
+    ("fa3", "fwd"): (*_MASKS, "learnable_sink", "position_offset", "softcap", "float_out"),
+    ("fa2", "bwd"): (*_MASKS, "position_offset", "softcap", "dropout", "deterministic", "split"),
     ("fa2", "bwd_preprocess"): ("varlen", "learnable_sink"),
     ("fa2", "bwd_convert"): ("varlen", "split"),
     ("fa2", "bwd_reduce"): (),
-    ("fa2", "varlen_tiles"): (),
+    ("fa2", "sequence_tiles"): (),
 }
 
 
@@ -223,14 +225,14 @@ def _semantic_reasons(key: DispatchKey) -> list[str]:
         (key.sink and not key.sliding_window, "sink tokens need a sliding window: without one every query sees the first keys anyway"),
         (key.paged and backward, "a paged cache has no backward"),
         (
-            key.offset and not (key.causal or key.sliding_window or key.alibi),
+            key.position_offset and not (key.causal or key.sliding_window or key.alibi),
             "offsets move a causal mask, a window or ALiBi; without one of them no score depends on positions",
         ),
         (key.float_out and backward, "gradients are written in the element type; float32 is the forward's out"),
         (key.deterministic and not backward, "deterministic is a choice of the backward; every forward is"),
         (
-            key.direction == "varlen_tiles" and (key.dtype, key.head_dim) != VARLEN_TILES_OF,
-            "one list of tiles serves all: its key has dtype {} and head_dim {}".format(*VARLEN_TILES_OF),
+            key.direction == "sequence_tiles" and (key.dtype, key.head_dim) != SEQUENCE_TILES_OF,
+            "one list of tiles serves all: its key has dtype {} and head_dim {}".format(*SEQUENCE_TILES_OF),
         ),
         (
             key.direction == "bwd_convert" and key.split and key.varlen,
@@ -299,8 +301,10 @@ DISPATCH_TABLE = DispatchTable(
         _fa3_fwd("bf16", 64, sliding_window=True),
         _fa3_fwd("bf16", 128, varlen=True),
         _fa3_fwd("bf16", 128, causal=True, varlen=True),
-        _fa3_fwd("bf16", 64, varlen=True, alibi=True, learnable_sink=True, float_out=True, **_SINK_WINDOW, offset=True, gqa_ratio=4),
-        _fa3_fwd("bf16", 128, causal=True, alibi=True, offset=True, float_out=True),
+        _fa3_fwd(
+            "bf16", 64, varlen=True, alibi=True, learnable_sink=True, float_out=True, **_SINK_WINDOW, position_offset=True, gqa_ratio=4
+        ),
+        _fa3_fwd("bf16", 128, causal=True, alibi=True, position_offset=True, float_out=True),
         _fa3_fwd("bf16", 64, causal=True, sliding_window=True, learnable_sink=True),
         _fa2_fwd("sm_80", "bf16", 128),
         _fa2_fwd("sm_80", "bf16", 128, causal=True),
@@ -311,7 +315,7 @@ DISPATCH_TABLE = DispatchTable(
         _fa2_fwd("sm_80", "bf16", 128, alibi=True),
         _fa2_fwd("sm_80", "bf16", 64, sliding_window=True),
         _fa2_fwd("sm_80", "bf16", 64, sliding_window=True, sink=True),
-        _fa2_fwd("sm_80", "bf16", 64, sliding_window=True, sink=True, offset=True, float_out=True),
+        _fa2_fwd("sm_80", "bf16", 64, sliding_window=True, sink=True, position_offset=True, float_out=True),
         _fa2_fwd("sm_80", "bf16", 64, causal=True),
         _fa2_fwd("sm_80", "bf16", 64, varlen=True, alibi=True, learnable_sink=True, dropout=True, **_SINK_WINDOW),
         _fa2_fwd("sm_90a", "bf16", 128, causal=True, varlen=True),
@@ -330,9 +334,9 @@ DISPATCH_TABLE = DispatchTable(
         _fa2_bwd("sm_80", "f16", 64, sliding_window=True, alibi=True, sink=True),
         _fa2_bwd("sm_80", "bf16", 128, varlen=True),
         _fa2_bwd("sm_90a", "bf16", 128, causal=True, varlen=True),
-        _fa2_bwd("sm_90a", "f16", 64, causal=True, varlen=True, alibi=True, offset=True, dropout=True, split=True, **_SINK_WINDOW),
+        _fa2_bwd("sm_90a", "f16", 64, causal=True, varlen=True, alibi=True, position_offset=True, dropout=True, split=True, **_SINK_WINDOW),
         _fa2_bwd("sm_90a", "bf16", 64, causal=True, varlen=True, deterministic=True),
-        _fa2_bwd("sm_80", "bf16", 64, causal=True, offset=True),
+        _fa2_bwd("sm_80", "bf16", 64, causal=True, position_offset=True),
         _fa2_bwd("sm_86", "bf16", 256),
         _fa2_bwd("sm_89", "bf16", 64, causal=True),
         _fa2_bwd("sm_90a", "bf16", 128, causal=True),
@@ -341,7 +345,7 @@ DISPATCH_TABLE = DispatchTable(
         _fa2_bwd("sm_90a", "bf16", 128, split=True),
         _fa2_bwd("sm_100", "bf16", 128),
         _fa2_bwd("sm_120", "bf16", 128),
-        DispatchKey("fa2", "varlen_tiles", "sm_80", *VARLEN_TILES_OF),
+        DispatchKey("fa2", "sequence_tiles", "sm_80", *SEQUENCE_TILES_OF),
         DispatchKey("fa2", "bwd_preprocess", "sm_80", "bf16", 128),
         DispatchKey("fa2", "bwd_preprocess", "sm_80", "bf16", 128, varlen=True, learnable_sink=True),
         DispatchKey("fa2", "bwd_preprocess", "sm_80", "bf16", 128, learnable_sink=True),

@@ -120,7 +120,7 @@ def _outputs(key: DispatchKey) -> tuple[ParamField, ...]:
 def mask_params(key: DispatchKey) -> tuple[ParamField, ...]:
     """The narrow fields of a sliding window, of offsets and of ALiBi; causality bounds a window's right side by itself."""
     window = (_WINDOW_LEFT,) + (_WINDOW_RIGHT,) * (not key.causal) + (_SINK_TOKENS,) * key.sink
-    return window * key.sliding_window + (_POSITION_SHIFT,) * key.offset + (_ALIBI_SCALE,) * key.alibi
+    return window * key.sliding_window + (_POSITION_SHIFT,) * key.position_offset + (_ALIBI_SCALE,) * key.alibi
 
 
 def fa3_fwd_params(key: DispatchKey, dynamic_scheduler: bool) -> tuple[ParamField, ...]:

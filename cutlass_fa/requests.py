@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 from .arch.fa2_bwd import fa2_bwd_tile
 from .arch.limits import arch_problem, limits_of
 from .arch.sm90 import fa3_fwd_tile_of
-from .dispatch import FAMILIES, FP8_DTYPES, MAX_GQA_RATIO, VARLEN_TILES_OF, DispatchKey, cell_head_dim, family_of
+from .dispatch import FAMILIES, FP8_DTYPES, MAX_GQA_RATIO, SEQUENCE_TILES_OF, DispatchKey, cell_head_dim, family_of
 from .errors import (
     EmptyBatch,
     Fa3RequiresHopper,
@@ -257,7 +257,7 @@ class AttentionRequest:
             sliding_window=self.mask.is_sliding,
             alibi=self.position_bias.alibi,
             sink=self.sink_tokens > 0 and self.mask.is_sliding,  # a causal mask alone shows them anyway
-            offset=self._has_offset,
+            position_offset=self._has_offset,
             learnable_sink=self.learnable_sink,
             softcap=self.softcap > 0,
             dropout=self.dropout_p > 0,
@@ -314,7 +314,7 @@ class Fa3FwdRequest(ForwardRequest):
 
     def dispatch_keys(self) -> tuple[DispatchKey, ...]:
         """Every kernel of the call in the order of the launches."""
-        return with_varlen_tiles(self.dispatch_key())
+        return with_sequence_tiles(self.dispatch_key())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,7 +327,7 @@ class Fa2FwdRequest(ForwardRequest):
 
     def dispatch_keys(self) -> tuple[DispatchKey, ...]:
         """Every kernel of the call in the order of the launches."""
-        return with_varlen_tiles(self.dispatch_key())
+        return with_sequence_tiles(self.dispatch_key())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -373,7 +373,7 @@ class Fa2BwdRequest(AttentionRequest):
         passes = (preprocess, main, replace(plain, direction="bwd_convert", varlen=main.varlen))
         parts = (replace(plain, direction="bwd_convert", split=True),) * main.split
         sums = (replace(plain, direction="bwd_reduce"),) * self.learnable_sink
-        tiles = (varlen_tiles_key(self.arch),) * (main.varlen and not main.deterministic)
+        tiles = (sequence_tiles_key(self.arch),) * (main.varlen and not main.deterministic)
         return (*(self.forward().dispatch_keys() if self.recompute else ()), *tiles, *passes, *parts, *sums)
 
     def forward(self) -> FwdRequest:
@@ -456,16 +456,16 @@ def VarlenFwdRequest(
     return forward_request(family, persistent, cu_seqlens=cu_seqlens, **(sizes | arguments))
 
 
-def with_varlen_tiles(key: DispatchKey) -> tuple[DispatchKey, ...]:
+def with_sequence_tiles(key: DispatchKey) -> tuple[DispatchKey, ...]:
     """`key`, and before it the list of tiles where it works on packed sequences."""
     if not key.varlen:
         return (key,)
-    return varlen_tiles_key(key.arch), key
+    return sequence_tiles_key(key.arch), key
 
 
-def varlen_tiles_key(arch: str) -> DispatchKey:
+def sequence_tiles_key(arch: str) -> DispatchKey:
     """The kernel that lists the blocks of packed sequences."""
-    return DispatchKey("fa2", "varlen_tiles", arch, *VARLEN_TILES_OF)
+    return DispatchKey("fa2", "sequence_tiles", arch, *SEQUENCE_TILES_OF)
 
 
 PACKING_GAIN = 0.9  # heads are packed when whole tiles of single heads would use less than this share of what packed tiles use

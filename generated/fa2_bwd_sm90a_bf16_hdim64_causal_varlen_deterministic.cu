@@ -178,7 +178,6 @@ CUTLASS_FA_DEVICE Params params_of(Params const& all, KeyBlock const& block) {
   return params;
 }
 
-
 CUTLASS_FA_DEVICE Work work_of(Params const& params, KeyBlock const& keys) {
   int const n_block = keys.n_block, kv_head = keys.kv_head, batch = keys.batch;
   if (params.num_m_blocks == 0 || n_block * kTileN >= params.seqlen_k) {  // nobody sees the keys

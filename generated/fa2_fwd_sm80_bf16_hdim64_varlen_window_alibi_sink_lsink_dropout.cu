@@ -105,7 +105,6 @@ CUTLASS_FA_DEVICE Tile tile_of(Params const& params, int index) {
           sequence_of(params.cu_seqlens_k, params.seqused_k, params.batch, params.total_k, block.sequence)};
 }
 
-
 struct SharedStorage {
   alignas(1024) char q[kChunks * kTileM * kSwizzleBytes];
   alignas(1024) char k[kStages][kChunks * kTileN * kSwizzleBytes];

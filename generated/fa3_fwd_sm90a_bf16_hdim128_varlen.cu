@@ -94,7 +94,6 @@ CUTLASS_FA_DEVICE Tile tile_of(Params const& params, int index) {
           sequence_of(params.cu_seqlens_k, params.seqused_k, params.batch, params.total_k, block.sequence)};
 }
 
-
 // A CTA starts with the tile of its own index and takes the others from a counter in global memory, so that no CTA idles while tiles
 // are left. Every tile is followed by one request; the one that makes num_tiles puts the counter back for the next launch.
 CUTLASS_FA_DEVICE int take_tile(Params const& params, int num_tiles) {
@@ -102,7 +101,6 @@ CUTLASS_FA_DEVICE int take_tile(Params const& params, int num_tiles) {
   if (taken == num_tiles - 1) { *params.tile_counter = 0; }
   return taken + grid_size();
 }
-
 
 struct SharedStorage {
   alignas(1024) char q[kQStages][kChunks * kQChunkBytes];

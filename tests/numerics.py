@@ -164,14 +164,16 @@ def check_backward(
     for name in ("dq", "dk", "dv"):
         check_close(name, getattr(gradients, name), getattr(expected, name), getattr(low, name), case, rows_axis=-3)
     if expected.dlearnable_sink is not None:
-        spread = _sink_gradient_spread(dout, q, k, v, AttentionOptions(**options))
-        # Rounding moves a number by a fifth of an ulp, as a standard deviation; out has the rounding of P in it too.
-        slack = 2 * spread * 2.0 ** -PRECISIONS[q.dtype.name].mantissa_bits
+        spread, size = _sink_gradient_terms(dout, dlse, q, k, v, AttentionOptions(**options))
+        # Rounding moves a number by a fifth of an ulp, as a standard deviation; out has the rounding of P in it too. And a sum in
+        # float32 is off by some ulps of the size of its terms.
+        slack = 2 * spread * 2.0 ** -PRECISIONS[q.dtype.name].mantissa_bits + 4 * size * 2.0 ** -PRECISIONS["float32"].mantissa_bits
         check_close("dlearnable_sink", gradients.dlearnable_sink, expected.dlearnable_sink, low.dlearnable_sink, case, slack=slack)
 
 
-def _sink_gradient_spread(dout: Array, q: Array, k: Array, v: Array, options: AttentionOptions) -> float:
-    """How far dlearnable_sink moves, as a standard deviation, when each number of out moves by its own size.
+def _sink_gradient_terms(dout: Array, dlse: Array | None, q: Array, k: Array, v: Array, options: AttentionOptions) -> tuple[float, float]:
+    """Of dlearnable_sink: how far it moves, as a standard deviation, when each number of out moves by its own size; and the sum of its
+    terms' sizes. The largest of any head.
 
     A head has one such number, the sum of its rows' errors of either sign: lowp's may be near 0 by chance, and
     is then no measure.
@@ -182,9 +184,14 @@ def _sink_gradient_spread(dout: Array, q: Array, k: Array, v: Array, options: At
         out = soft.exp / soft.row_sum * head.dropout @ soft.v
         return Gradients(0.0, 0.0, 0.0, (soft.sink**2 * ((dout * out) ** 2).sum(axis=1)).sum())
 
-    gradients = backward_by_head(variance, dout, None, q, k, v, options)
-    assert gradients.dlearnable_sink is not None
-    return math.sqrt(float(gradients.dlearnable_sink.max()))
+    def size(head: Head, dout: Array, dlse: Array) -> Gradients:
+        soft = _lowp_softmax(head, PRECISIONS["float32"])
+        out = soft.exp / soft.row_sum * head.dropout @ soft.v
+        return Gradients(0.0, 0.0, 0.0, (soft.sink * (abs(dlse) + abs(dout * out).sum(axis=1))).sum())
+
+    spread, terms = (backward_by_head(each, dout, dlse, q, k, v, options).dlearnable_sink for each in (variance, size))
+    assert spread is not None and terms is not None
+    return math.sqrt(float(spread.max())), float(terms.max())
 
 
 def check_close(

@@ -48,7 +48,13 @@ class PartCase:
     def flags(self) -> dict[str, bool]:
         """Of the key of each part's kernels."""
         sliding = replace_right(self).window != (-1, -1)
-        return {"causal": self.causal, "sliding_window": sliding, "sink": sliding and self.sinks > 0, "alibi": self.alibi, "offset": True}
+        return {
+            "causal": self.causal,
+            "sliding_window": sliding,
+            "sink": sliding and self.sinks > 0,
+            "alibi": self.alibi,
+            "position_offset": True,
+        }
 
     @property
     def parts(self) -> list[slice]:

@@ -79,12 +79,12 @@ def test_key_refuses_unknown_words() -> None:
         ({"dtype": "e4m3", "v_dtype": "e4m3"}, "e4m3"),
         ({"v_dtype": "f16"}, "must agree"),
         ({"v_dtype": "e4m3"}, "both 16-bit or both fp8"),
-        ({"varlen": True}, "varlen"),
-        ({"family": "fa2", "direction": "bwd", "varlen": True}, "varlen is not built yet in the fa2 bwd"),
+        ({"family": "fa2", "direction": "bwd_convert", "varlen": True, "split": True}, "leave out varlen"),
+        ({"family": "fa2", "direction": "sequence_tiles"}, "one list of tiles serves all"),
         ({"sink": True}, "sink tokens need"),
         ({"sink": True, "causal": True}, "sink tokens need"),
         ({"paged": True}, "paged"),
-        ({"offset": True, "softcap": True}, "no score depends on positions"),
+        ({"position_offset": True, "softcap": True}, "no score depends on positions"),
         ({"family": "fa2", "direction": "bwd", "float_out": True}, "gradients are written in the element type"),
         ({"gqa_ratio": 128}, "gqa_ratio 128"),
         ({"direction": "bwd", "dtype": "e4m3", "v_dtype": "e4m3"}, "no fp8 backward"),
@@ -105,8 +105,8 @@ def test_why_not_names_the_obstacle(change: dict[str, object], words: str) -> No
 
 
 def test_several_obstacles_are_all_named() -> None:
-    reasons = DISPATCH_TABLE.why_not(replace(BASE, varlen=True, dropout=True, paged=True))
-    assert [any(word in reason for reason in reasons) for word in ("varlen", "dropout", "paged")] == [True] * 3
+    reasons = DISPATCH_TABLE.why_not(replace(BASE, sink=True, dropout=True, paged=True))
+    assert [any(word in reason for reason in reasons) for word in ("sink", "dropout", "paged")] == [True] * 3
 
 
 def test_valid_keys_are_what_lookup_serves() -> None:

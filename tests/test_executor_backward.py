@@ -51,7 +51,7 @@ def main_of(key: DispatchKey) -> DispatchKey:
 
 def inputs_of(key: DispatchKey, case: Case, seed: int = 7, learnable_sink: bool = False) -> Inputs:
     flags: dict[str, Any] = {"softcap": SOFTCAP * key.softcap, "dropout_p": 0.17 * key.dropout}
-    flags |= {"window": key.sliding_window, "sink": key.sink, "alibi": key.alibi, "offset": key.offset}
+    flags |= {"window": key.sliding_window, "sink": key.sink, "alibi": key.alibi, "offset": key.position_offset}
     flags |= {"learnable_sink": learnable_sink or key.learnable_sink}
     flags |= {"causal": main_of(key).causal}
     return Inputs.of(case, np, np.random.default_rng(seed), dtype=key.dtype, head_dim=key.head_dim, **flags)

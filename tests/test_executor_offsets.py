@@ -72,7 +72,7 @@ def test_parts_in_the_past_and_in_the_future(build: Build, key: str) -> None:
 def test_windows_that_begin_beyond_the_last_key(build: Build, arch: str, sinks: int) -> None:
     """Only sink tokens are seen, or nothing; keys behind the sink tokens' block hold NaN."""
     family = "fa3" if arch == "sm_90a" else "fa2"
-    flags = {"causal": True, "sliding_window": True, "sink": sinks > 0, "offset": True, "float_out": True}
+    flags = {"causal": True, "sliding_window": True, "sink": sinks > 0, "position_offset": True, "float_out": True}
     key = DispatchKey(family, "fwd", arch, "bf16", 64, **flags)
     case = PartCase((100, 384), 2**30, 30, (), causal=True, window=(200, 0), sinks=sinks)
     q, k, v = case.arrays(np, np.random.default_rng(5), "bf16", 64)
@@ -122,7 +122,7 @@ def test_split_and_ordered_gradients_of_parts(build: Build, index: int, flags: d
 
 @pytest.mark.parametrize("split", [False, True])
 def test_gradients_of_a_part_in_the_future_are_zero(build: Build, split: bool) -> None:
-    key = DispatchKey("fa2", "bwd", "sm_80", "bf16", 64, causal=True, offset=True, split=split)
+    key = DispatchKey("fa2", "bwd", "sm_80", "bf16", 64, causal=True, position_offset=True, split=split)
     rng = np.random.default_rng(7)
     q, k, v = PartCase((200, 140), 0, 0, ()).arrays(np, rng, "bf16", 64)
     lse = np.zeros((1, 2, 200), np.float32)

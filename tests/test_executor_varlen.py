@@ -17,8 +17,8 @@ from cutlass_fa.dispatch import DISPATCH_TABLE, DispatchKey
 from cutlass_fa.dropout import dropout_mask
 from cutlass_fa.executor import ExecutorKernel, Program, compiler_problem, run_backward, run_forward
 from cutlass_fa.executor.launch import GlobalMemory
-from cutlass_fa.executor.varlen_tiles import list_tiles
-from cutlass_fa.launches.varlen_tiles import Side
+from cutlass_fa.executor.sequence_tiles import list_tiles
+from cutlass_fa.launches.sequence_tiles import Side
 from cutlass_fa.reference import Gradients, attention_forward
 from cutlass_fa.render import render
 from cutlass_fa.requests import Causal, CumulativeSeqlens, MaskKind, SlidingFull
@@ -58,7 +58,7 @@ def features(key: DispatchKey, lengths: Lengths, heads: int) -> tuple[dict[str, 
         called["alibi_slopes"] = slopes.reshape(lengths.batch, heads)
     if key.learnable_sink:
         called["learnable_sink"] = np.linspace(-2, 3, heads, dtype=np.float32)
-    if key.offset:
+    if key.position_offset:
         called |= {"q_offset": 31, "k_offset": 2}
     expected = dict(called)
     if key.dropout:

@@ -125,7 +125,7 @@ def test_a_misfit_is_named() -> None:
 
 @pytest.mark.parametrize("features", list(np.ndindex((2,) * 8)), ids=str)
 def test_params_have_no_holes(features: tuple[int, ...]) -> None:
-    names = ("causal", "softcap", "dropout", "sliding_window", "sink", "alibi", "learnable_sink", "offset")
+    names = ("causal", "softcap", "dropout", "sliding_window", "sink", "alibi", "learnable_sink", "position_offset")
     flags = dict(zip(names, map(bool, features), strict=True))
     fields = fa2_fwd_params(DispatchKey("fa2", "fwd", "sm_80", "bf16", 128, **flags))
     dtype = params_dtype(fields)

@@ -29,11 +29,15 @@ from tools import flatten, regenerate_kernels
 GOLDEN = list(DISPATCH_TABLE)
 MAX_COMPILE_SECONDS = 3.0
 MAX_STORED_BYTES = 64 * 1024
-MAX_LINES = 485
+MAX_LINES = 485  # with one feature
+MORE_LINES = 25  # for each further one
 
 # Spills that the tables accept: bytes a thread, stores plus loads, and why.
 ACCEPTED_SPILLS: dict[str, tuple[int, str]] = {
     "fa2_bwd_sm80_bf16_hdim128_dropout": (112, "loop invariants, read once a block of 64 x 128 scores: dV or dK take 128 registers"),
+    "fa2_fwd_sm90a_bf16_hdim128_causal_varlen": (48, "loop invariants, two of them read once a block of 128 x 64 scores"),
+    "fa2_fwd_sm80_bf16_hdim64_varlen_window_alibi_sink_lsink_dropout": (44, "before and after the loops over key blocks"),
+    "fa3_fwd_sm90a_bf16_hdim64_varlen_window_alibi_sink_lsink_offsets_f32out_gqa4": (56, "the producer's and the scheduler's alone"),
     "fa2_bwd_sm90a_bf16_hdim256_softcap": (64, "loop invariants, read once a block of 64 x 64 scores: dV or dK take 128 registers"),
 }
 
@@ -49,7 +53,7 @@ def test_generated_file_is_what_the_templates_give(key: DispatchKey) -> None:
     assert path.read_bytes() == text.encode(), "\n".join(
         ["run python tools/regenerate_kernels.py", *regenerate_kernels.short_diff(path, text)]
     )
-    assert text.count("\n") <= MAX_LINES
+    assert text.count("\n") <= MAX_LINES + MORE_LINES * max(len(key.features) - 1, 0)
 
 
 def test_no_stale_generated_files() -> None:
@@ -196,6 +200,7 @@ EXPECTED_INSTRUCTIONS = {
     ("fa2", "bwd_preprocess"): fa2_bwd_pass_instructions,
     ("fa2", "bwd_convert"): fa2_bwd_pass_instructions,
     ("fa2", "bwd_reduce"): fa2_bwd_pass_instructions,
+    ("fa2", "sequence_tiles"): lambda _: (Counter(), Counter({"ATOMS": 2})),
 }
 
 

@@ -82,7 +82,7 @@ def test_request_key_says_presence_not_values() -> None:
     assert str(placed.dispatch_key()) == "fa3_fwd_sm90a_f16_hdim80_causal_window_alibi_sink_offsets_f32out"
     assert placed.dispatch_key() == replace(placed, q_offset=7, k_offset=9).dispatch_key()
     assert placed.position_shift == 0 and replace(placed, q_offset=None).position_shift == 128 - 192
-    assert not replace(REQUEST, k_offset=5).dispatch_key().offset, "a full mask alone knows no positions"
+    assert not replace(REQUEST, k_offset=5).dispatch_key().position_offset, "a full mask alone knows no positions"
     assert REQUEST.scale == pytest.approx(128**-0.5) and replace(REQUEST, softmax_scale=2.0).scale == 2.0
 
 

@@ -14,7 +14,7 @@ from cutlass_fa.arch.limits import limits_of
 from cutlass_fa.arch.sm90 import FA3_FWD_TILES
 from cutlass_fa.cell import Cell
 from cutlass_fa.cells.fa3_fwd import Fa3FwdCell
-from cutlass_fa.dispatch import FLAG_WORDS, DispatchKey
+from cutlass_fa.dispatch import DISPATCH_TABLE, FLAG_WORDS, DispatchKey
 from cutlass_fa.errors import UnsupportedCell
 from cutlass_fa.params import fa3_fwd_params, params_dtype
 from cutlass_fa.render import environment, include_dir, render, template_dir
@@ -54,12 +54,13 @@ def test_template_steps_through_k_as_layouts_says(key: DispatchKey) -> None:
 
 
 def test_tile_table_has_no_row_without_a_cell() -> None:
-    assert {(key.head_dim, key.causal or key.sliding_window) for key in FA3_FWD_KEYS} == set(FA3_FWD_TILES)
+    keys = [key for key in DISPATCH_TABLE.valid_keys() if (key.family, key.direction) == ("fa3", "fwd")]
+    assert {(key.head_dim, key.causal or key.sliding_window) for key in keys} == set(FA3_FWD_TILES)
 
 
 def test_invalid_key_has_no_cell() -> None:
     with pytest.raises(UnsupportedCell):
-        Cell.of(DispatchKey("fa3", "fwd", "sm_90a", "bf16", 128, varlen=True))
+        Cell.of(DispatchKey("fa3", "fwd", "sm_90a", "bf16", 128, paged=True))
 
 
 @pytest.mark.parametrize("dynamic_scheduler", [False, True])
@@ -71,7 +72,7 @@ def test_params_have_no_holes(
     alibi: bool, learnable_sink: bool, offset: bool, window: bool, causal: bool, packed: bool, dynamic_scheduler: bool
 ) -> None:
     flags = {"causal": causal, "sliding_window": window, "sink": window and causal, "alibi": alibi}
-    flags |= {"learnable_sink": learnable_sink, "offset": offset}
+    flags |= {"learnable_sink": learnable_sink, "position_offset": offset}
     key = DispatchKey("fa3", "fwd", "sm_90a", "bf16", 128, **flags, gqa_ratio=4 if packed else 1)
     fields = fa3_fwd_params(key, dynamic_scheduler)
     dtype = params_dtype(fields)

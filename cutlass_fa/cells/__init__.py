@@ -7,7 +7,7 @@ from .fa2_bwd import Fa2BwdCell
 from .fa2_bwd_passes import Fa2BwdConvertCell, Fa2BwdPreprocessCell, Fa2BwdReduceCell
 from .fa2_fwd import Fa2FwdCell
 from .fa3_fwd import Fa3FwdCell
-from .varlen_tiles import VarlenTilesCell
+from .sequence_tiles import SequenceTilesCell
 
 CELL_CLASSES: dict[tuple[str, str], type[Cell]] = {
     ("fa2", "fwd"): Fa2FwdCell,
@@ -15,6 +15,6 @@ CELL_CLASSES: dict[tuple[str, str], type[Cell]] = {
     ("fa2", "bwd"): Fa2BwdCell,
     ("fa2", "bwd_preprocess"): Fa2BwdPreprocessCell,
     ("fa2", "bwd_convert"): Fa2BwdConvertCell,
-    ("fa2", "varlen_tiles"): VarlenTilesCell,
+    ("fa2", "sequence_tiles"): SequenceTilesCell,
     ("fa2", "bwd_reduce"): Fa2BwdReduceCell,
 }

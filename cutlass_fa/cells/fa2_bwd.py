@@ -183,6 +183,16 @@ class Fa2BwdCell(Cell):
         return "params.rows_k" if self.is_varlen else "params.seqlen_k"
 
     @property
+    def has_dense_shares(self) -> bool:
+        """Whether CTAs with copies of dQ find their keys in a batch of equally long sequences."""
+        return self.is_deterministic and self.has_batch
+
+    @property
+    def has_whole_gradients(self) -> bool:
+        """Whether a CTA writes its keys' gradients and not parts of them."""
+        return not self.is_split
+
+    @property
     def has_key_block_list(self) -> bool:
         """Whether CTAs find their keys in a list: not where each goes through the keys of a sequence in a fixed order."""
         return self.is_varlen and not self.is_deterministic

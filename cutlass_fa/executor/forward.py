@@ -22,8 +22,8 @@ from .build import ExecutorKernel, Program
 from .faults import ExecutorError, ExecutorFault
 from .launch import DEFAULT_TIME_LIMIT_S, Buffer, GlobalMemory, launch
 from .outputs import POISON_BYTE, Output, check_written, span
+from .sequence_tiles import list_tiles
 from .tensor_map import encode
-from .varlen_tiles import list_tiles
 
 # A GPU of few multiprocessors, so that persistent kernels have several tiles per CTA at small sizes; its L2 makes causal sections of a
 # few heads.

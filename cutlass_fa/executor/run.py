@@ -83,8 +83,8 @@ def _features(key: DispatchKey, shape: RunShape, learnable_sink: bool) -> dict[s
     """What a call is given of the key's features and of learnable_sink, dropout apart; the reference takes the same."""
     return {
         "softcap": _SOFTCAP * key.softcap,
-        "q_offset": _OFFSETS[0] if key.offset else None,
-        "k_offset": _OFFSETS[1] if key.offset else None,
+        "q_offset": _OFFSETS[0] if key.position_offset else None,
+        "k_offset": _OFFSETS[1] if key.position_offset else None,
         "window_size": _WINDOW if key.sliding_window else (-1, -1),
         "sink_tokens": _SINK_TOKENS * key.sink,
         "alibi_slopes": np.float32(2) ** -np.arange(1, 1 + shape.num_heads_q, dtype=np.float32) if key.alibi else None,

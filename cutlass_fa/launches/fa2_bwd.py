@@ -19,7 +19,7 @@ from ..errors import InvalidArgument
 from ..kernels import Kernel
 from ..launch import MAX_TILES, KernelLaunch, alibi_values, pack, softmax_scales, tile_count, window_values
 from ..problem_backward import BackwardProblem
-from .varlen_tiles import list_arrays, list_size, pack_list_params
+from .sequence_tiles import list_arrays, list_size, pack_list_params
 
 WORKSPACE_ALIGNMENT = 64  # floats: 256 bytes
 

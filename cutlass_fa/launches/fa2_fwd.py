@@ -14,7 +14,7 @@ from ..extras import extra_words
 from ..kernels import Kernel
 from ..launch import KernelLaunch, alibi_values, heads_per_section, pack, softmax_scales, tile_count, window_values
 from ..problem import Problem
-from .varlen_tiles import VarlenTilesLaunch, capacity
+from .sequence_tiles import SequenceTilesLaunch, capacity
 
 
 class Fa2FwdPlan:
@@ -32,7 +32,7 @@ class Fa2FwdPlan:
         self._words = launch.params
         self._go, self._address = launch.go, launch.address
         self.extra_words = extra_words(cell.params, problem.extras)
-        self._tiles = None if tiles_kernel is None else VarlenTilesLaunch(problem, tiles_kernel, cell, cell.tile_m)
+        self._tiles = None if tiles_kernel is None else SequenceTilesLaunch(problem, tiles_kernel, cell, cell.tile_m)
         self.workspace_floats = 0 if self._tiles is None else self._tiles.list_floats
         self._random_word = next((word for word, field in enumerate(cell.params) if field.name == "dropout_seed"), None)
         self._lock = threading.Lock()

@@ -16,7 +16,7 @@ from ..problem import Problem
 from ..requests import Fa3FwdRequest, Persistent
 from ..tile_counters import tile_counters
 from ..tma import TensorMapGeometry, TensorMaps
-from .varlen_tiles import VarlenTilesLaunch, capacity
+from .sequence_tiles import SequenceTilesLaunch, capacity
 
 
 class Fa3FwdPlan:
@@ -35,7 +35,7 @@ class Fa3FwdPlan:
         self._pointers, self._arguments = launch.params, launch.arguments
         self._go, self._address = launch.go, launch.address
         self.extra_words = extra_words(cell.params, problem.extras)
-        self._tiles = None if tiles_kernel is None else VarlenTilesLaunch(problem, tiles_kernel, cell, cell.queries_per_tile)
+        self._tiles = None if tiles_kernel is None else SequenceTilesLaunch(problem, tiles_kernel, cell, cell.queries_per_tile)
         self.workspace_floats = 0 if self._tiles is None else self._tiles.list_floats
         self._counters = tile_counters(device) if cell.has_dynamic_scheduler else None
         self._lock = threading.Lock()

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from ..cell import Cell
-from ..cells.varlen_tiles import LIST_HEADER
+from ..cells.sequence_tiles import LIST_HEADER
 from ..extras import EXTRA_NAMES, extra_words
 from ..kernels import Kernel
 from ..launch import KernelLaunch, pack
@@ -18,7 +18,7 @@ from ..requests import AttentionRequest, max_blocks
 Side: TypeAlias = Literal["q", "k"]  # whose rows the blocks are of
 
 
-class VarlenTilesLaunch:
+class SequenceTilesLaunch:
     """Lists blocks of `block_rows` query rows for a forward kernel. list_floats: 4-byte numbers of the list."""
 
     def __init__(self, problem: Problem, kernel: Kernel, main: Cell, block_rows: int) -> None:

@@ -8,9 +8,9 @@ from functools import lru_cache
 import numpy as np
 
 from ..cell import Cell
-from ..launches.varlen_tiles import Side, list_arrays, list_size, pack_list_params
+from ..launches.sequence_tiles import Side, list_arrays, list_size, pack_list_params
 from ..render import render
-from ..requests import AttentionRequest, varlen_tiles_key
+from ..requests import AttentionRequest, sequence_tiles_key
 from .build import ExecutorKernel, Program
 from .launch import Buffer, GlobalMemory, launch
 from .outputs import POISON_BYTE
@@ -18,7 +18,7 @@ from .outputs import POISON_BYTE
 
 @lru_cache(maxsize=16)
 def _program(arch: str) -> tuple[Cell, Program]:
-    cell = Cell.of(varlen_tiles_key(arch))
+    cell = Cell.of(sequence_tiles_key(arch))
     return cell, ExecutorKernel.build(render(cell))
 
 

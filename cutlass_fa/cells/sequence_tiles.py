@@ -13,14 +13,14 @@ LIST_HEADER = 2  # numbers before the blocks, each of which takes two
 
 
 @dataclass(frozen=True)
-class VarlenTilesCell(Cell):
+class SequenceTilesCell(Cell):
     """One CTA that looks at all sequences; the sizes of blocks, and what they see, are runtime numbers."""
 
-    template = "common/varlen_tiles.cu.j2"
-    entry = "flash_varlen_tiles"
+    template = "common/sequence_tiles.cu.j2"
+    entry = "flash_sequence_tiles"
 
     @classmethod
-    def for_key(cls, key: DispatchKey) -> VarlenTilesCell:
+    def for_key(cls, key: DispatchKey) -> SequenceTilesCell:
         return cls(key)
 
     def misfits(self) -> list[str]:
