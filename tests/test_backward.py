@@ -159,7 +159,7 @@ def test_workspace_parts_do_not_overlap_and_hold_what_kernels_write(options: dic
     parts = request.splits * 2 * 2 * 150 * 64 if request.splits > 1 else 0
     workspace = Workspace.of(made, cell)
     places = [*workspace.places.values(), 4 * workspace.floats]
-    needed = [4 * size for size in (rows, rows, request.copies * rows * 64, parts, parts, rows // cell.tile_m * request.learnable_sink)]
+    needed = [4 * size for size in (rows, rows, request.copies * rows * 64, parts, parts, rows // cell.tile_m * request.learnable_sink, 0)]
     assert all(start % 256 == 0 and start + size <= end for start, size, end in zip(places[:-1], needed, places[1:], strict=True))
 
 
