@@ -16,6 +16,7 @@ from .errors import LaunchError
 RING = 1 << 16  # counters that eager launches share; a stream holds about a thousand launches
 RESERVED = 1 << 18  # counters for captured launches, each used once
 _COUNTER_BYTES = 4
+LEGACY_STREAM = 1  # cudaStreamLegacy, which 0 stands for too: it cannot be captured, and asking costs 0.7 us
 
 
 class TileCounters:
@@ -33,7 +34,7 @@ class TileCounters:
 
     def take(self, stream: int) -> int:
         """The device address of a counter for one launch on `stream`. Raises LaunchError after 262144 captured launches."""
-        if not self._is_capturing(stream):
+        if stream <= LEGACY_STREAM or not self._is_capturing(stream):
             return self._address + next(self._eager) % RING * _COUNTER_BYTES
         reserved = next(self._captured)
         if reserved >= RESERVED:
