@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
@@ -15,13 +16,14 @@ from cutlass_fa import VarlenFwdRequest
 from cutlass_fa.cell import Cell
 from cutlass_fa.dispatch import DISPATCH_TABLE, DispatchKey
 from cutlass_fa.dropout import dropout_mask
-from cutlass_fa.executor import ExecutorKernel, Program, compiler_problem, run_backward, run_forward
+from cutlass_fa.executor import ExecutorError, ExecutorKernel, Program, compiler_problem, run_backward, run_forward
 from cutlass_fa.executor.launch import GlobalMemory
+from cutlass_fa.executor.run import RunShape, run_key
 from cutlass_fa.executor.sequence_tiles import list_tiles
 from cutlass_fa.launches.sequence_tiles import Side
 from cutlass_fa.reference import Gradients, attention_forward
 from cutlass_fa.render import render
-from cutlass_fa.requests import Causal, CumulativeSeqlens, MaskKind, SlidingFull
+from cutlass_fa.requests import Causal, CumulativeSeqlens, MaskKind, SlidingFull, sequence_tiles_key
 from tests.backward_cases import DTYPES
 from tests.numerics import check_backward, check_forward
 from tests.varlen_cases import Lengths
@@ -158,3 +160,16 @@ def test_golden_backward(build: Build, key: DispatchKey, lengths: Lengths) -> No
         check_backward(gradients, dout, q, k, v, case=f"{key} {lengths}", dlse=dlse, **expected)
         assert not result.dq[~lengths.rows_in_use(0)].astype(np.float32).any()
         assert not result.dk[~lengths.rows_in_use(1)].astype(np.float32).any()
+
+
+@pytest.mark.parametrize(
+    "name", ["fa3_fwd_sm90a_bf16_hdim64_causal_varlen", "fa2_fwd_sm80_f16_hdim64_varlen_dropout", "fa2_bwd_sm80_f16_hdim64_varlen"]
+)
+def test_run_key_runs_packed_sequences(name: str) -> None:
+    stream = io.StringIO()
+    assert run_key(DispatchKey.parse(name), stream, shape=RunShape(seqlen_q=70, seqlen_k=90), seed=5), stream.getvalue()
+
+
+def test_run_key_says_what_the_list_runs_with() -> None:
+    with pytest.raises(ExecutorError, match="runs with any kernel of packed sequences"):
+        run_key(sequence_tiles_key("sm_80"), io.StringIO())

@@ -51,6 +51,8 @@ def run_key(key: DispatchKey, stream: TextIO, *, shape: RunShape = RunShape(), s
         main = replace(key, direction="bwd", split=False, learnable_sink=False)
         if key.learnable_sink or key.direction == "bwd_reduce":
             return _run_backward_key(main, stream, shape, seed, learnable_sink=True)
+        if key.direction == "sequence_tiles":
+            raise ExecutorError(f"{key} is the list of a packed call's tiles and runs with any kernel of packed sequences (..._varlen)")
         raise ExecutorError(f"{key} is a pass around a backward and runs with it: cutlass-fa run {main} --executor")
     cell = Cell.of(key)
     start = time.perf_counter()
@@ -68,7 +70,7 @@ def run_key(key: DispatchKey, stream: TextIO, *, shape: RunShape = RunShape(), s
         print(fault.report, file=stream)
         return False
     print(f"ran in {time.perf_counter() - built:.2f} s", file=stream)
-    mask = dropout_mask(seed, 0, dropout_p, shape.batch, shape.num_heads_q, shape.seqlen_q, shape.seqlen_k) if dropout_p else None
+    mask = _dropout_mask(key, shape, seed, dropout_p)
     expected_out, expected_lse = attention_forward(q, k, v, causal=key.causal, dropout_mask=mask, dropout_p=dropout_p, **options)
     out_error = _max_error(result.out, expected_out)
     lse_error = _max_error(result.lse, expected_lse)
@@ -89,17 +91,41 @@ def _features(key: DispatchKey, shape: RunShape, learnable_sink: bool) -> dict[s
         "sink_tokens": _SINK_TOKENS * key.sink,
         "alibi_slopes": np.float32(2) ** -np.arange(1, 1 + shape.num_heads_q, dtype=np.float32) if key.alibi else None,
         "learnable_sink": np.linspace(-1, 3, shape.num_heads_q, dtype=np.float32) if learnable_sink else None,
+        **(_sequences(shape) if key.varlen else {}),
     }
 
 
+def _lengths(shape: RunShape) -> tuple[list[int], list[int]]:
+    """Of packed sequences, in q and in k: each of the shape's in two parts, of which one has more queries and the other more keys."""
+    third_q, third_k = shape.seqlen_q // 3, shape.seqlen_k // 3
+    return [third_q, shape.seqlen_q - third_q] * shape.batch, [shape.seqlen_k - third_k, third_k] * shape.batch
+
+
+def _sequences(shape: RunShape) -> dict[str, np.ndarray]:
+    starts = (np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32) for lengths in _lengths(shape))
+    return dict(zip(("cu_seqlens_q", "cu_seqlens_k"), starts, strict=True))
+
+
+def _dropout_mask(key: DispatchKey, shape: RunShape, seed: int, dropout_p: float) -> np.ndarray | None:
+    if not dropout_p:
+        return None
+    sizes = (shape.batch, shape.num_heads_q, shape.seqlen_q, shape.seqlen_k)
+    if key.varlen:
+        lengths_q, lengths_k = _lengths(shape)
+        sizes = (len(lengths_q), shape.num_heads_q, max(lengths_q), max(lengths_k))
+    return dropout_mask(seed, 0, dropout_p, *sizes)
+
+
 def _arrays(key: DispatchKey, shape: RunShape, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """q, k, v and dout: standard normal numbers."""
+    """q, k, v and dout: standard normal numbers; packed ones without the batch dimension."""
     head_dim, rng = shape.head_dim or key.head_dim, np.random.default_rng(seed)
     q_shape = (shape.batch, shape.seqlen_q, shape.num_heads_q, head_dim)
     kv_shape = (shape.batch, shape.seqlen_k, shape.num_heads_kv, head_dim)
     q, k, v, dout = (
         rng.standard_normal(each, dtype=np.float32).astype(_DTYPES[key.dtype]) for each in (q_shape, kv_shape, kv_shape, q_shape)
     )
+    if key.varlen:
+        q, k, v, dout = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v, dout))
     return q, k, v, dout
 
 
@@ -107,7 +133,7 @@ def _run_backward_key(key: DispatchKey, stream: TextIO, shape: RunShape, seed: i
     """As run_key, of a whole backward call; out and lse are the reference's."""
     q, k, v, dout = _arrays(key, shape, seed)
     features, dropout_p = _features(key, shape, learnable_sink), _DROPOUT_P * key.dropout
-    mask = dropout_mask(seed, 0, dropout_p, shape.batch, shape.num_heads_q, shape.seqlen_q, shape.seqlen_k) if dropout_p else None
+    mask = _dropout_mask(key, shape, seed, dropout_p)
     options: dict[str, Any] = {"causal": key.causal, "dropout_mask": mask, "dropout_p": dropout_p, **features}
     out, lse = attention_forward(q, k, v, **options)
     print(f"{key}: {Cell.of(key).summary}\nq {q.shape}, k and v {k.shape}, seed {seed}", file=stream)
