@@ -119,11 +119,13 @@ def forward(
         lse = library.empty(problem.lse_shape, "f32", device)
         (lse_pointer,) = library.pointers((lse,))
     extra_pointers = library.pointers([extras[i] for i in plan.extra_words]) if plan.extra_words else ()
+    stream = library.current_stream(device)
     workspace, workspace_pointer = None, 0
     if plan.workspace_floats:
         workspace = library.empty((plan.workspace_floats,), "f32", device)
+        library.retain((workspace,), stream)
         (workspace_pointer,) = library.pointers((workspace,))
-    plan.run(pointers[:3], pointers[3], lse_pointer, library.current_stream(device), random_state, extra_pointers, workspace_pointer)
+    plan.run(pointers[:3], pointers[3], lse_pointer, stream, random_state, extra_pointers, workspace_pointer)
     return (out, lse) if return_lse else out
 
 

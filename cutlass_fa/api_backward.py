@@ -102,6 +102,7 @@ def backward(
     library = library_of(type(q))
     plan = _plan(library, arrays, options, extras)
     problem, device = plan.problem, plan.problem.q.device
+    stream = library.current_stream(device)
     if problem.request.recompute:
         named = dict(zip(_OPTION_NAMES, options, strict=True))
         masks = (named[name] for name in MASK_NAMES)
@@ -114,12 +115,13 @@ def backward(
     if problem.dlearnable_sink is not None and dlearnable_sink is None:
         dlearnable_sink = library.empty(problem.dlearnable_sink.shape, "f32", device)
     workspace = library.empty((plan.workspace.floats,), "f32", device)
+    library.retain((workspace, out, lse) if problem.request.recompute else (workspace,), stream)
     named = dict(zip((*_NAMES, *EXTRA_NAMES), (q, k, v, out, dout, lse, dlse, dq, dk, dv, dlearnable_sink, *extras), strict=True))
     given = {name: array for name, array in named.items() if array is not None}
     start, *found = library.pointers([workspace, *given.values()])
     addresses = dict.fromkeys(named, 0) | dict(zip(given, found, strict=True))
     _check_addresses(addresses)
-    plan.run(addresses, start, library.current_stream(device), random_state)
+    plan.run(addresses, start, stream, random_state)
     return (dq, dk, dv) if dlearnable_sink is None else (dq, dk, dv, dlearnable_sink)
 
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 from functools import lru_cache
 from itertools import count
 
+from .arrays import LEGACY_STREAM
 from .errors import LaunchError
 
 RING = 1 << 16  # counters that eager launches share; a stream holds about a thousand launches
 RESERVED = 1 << 18  # counters for captured launches, each used once
 _COUNTER_BYTES = 4
-LEGACY_STREAM = 1  # cudaStreamLegacy, which 0 stands for too: it cannot be captured, and asking costs 0.7 us
 
 
 class TileCounters:

@@ -210,6 +210,34 @@ def test_a_captured_call_reads_new_lengths(family: str) -> None:
         assert (out.view(np.uint16) == expected.view(np.uint16)).all()
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_memory_of_a_captured_backward_is_the_graph_s(recompute: bool) -> None:
+    """Arrays that are made after the capture, as large as what the call made for itself, do not change when the graph runs."""
+    import cupy
+
+    q, k, v = (cupy.random.standard_normal((600, 4, 64), dtype=np.float32).astype(np.float16) for _ in range(3))
+    starts = cupy.array([0, 100, 600], np.int32)
+    out, lse = cutlass_fa.flash_attn_varlen_func(q, k, v, starts, starts, return_lse=True)
+    kept: dict[str, Any] = {"recompute": True} if recompute else {"out": out, "lse": lse}
+    gradients = {name: cupy.empty_like(q) for name in ("dq", "dk", "dv")}
+
+    def differentiate() -> None:
+        cutlass_fa.flash_attn_varlen_backward(q, q, k, v, starts, starts, **kept, **gradients)
+
+    differentiate()
+    expected = [gradient.copy() for gradient in gradients.values()]
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        stream.begin_capture()
+        differentiate()
+        graph = stream.end_capture()
+        others = [cupy.full(size, 7, np.uint8) for size in range(1 << 10, 1 << 21, 40000)]
+        graph.launch(stream)
+        stream.synchronize()
+    assert all(bool((other == 7).all()) for other in others)
+    assert all(np.allclose(x.get(), y.get(), atol=2e-3) for x, y in zip(gradients.values(), expected, strict=True))
+
+
 # ---- backward: of family fa2, on every GPU -----------------------------------------------------------------------------------------------
 
 

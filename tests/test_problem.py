@@ -10,7 +10,7 @@ import pytest
 
 import cutlass_fa
 from cutlass_fa import Causal, Fa3FwdRequest, Full, Persistent, PositionBias, SlidingCausal, SlidingFull, Window, errors
-from cutlass_fa.arrays import ArraySpec, TorchArrays, library_of
+from cutlass_fa.arrays import ArraySpec, CupyArrays, TorchArrays, library_of
 from cutlass_fa.extras import ExtraSpecs
 from cutlass_fa.launch import alibi_values, window_values
 from cutlass_fa.problem import Problem, check_pointers
@@ -270,6 +270,16 @@ def test_a_gradient_is_refused_rather_than_lost() -> None:
         library.signatures((tensor,))
     library._is_grad_enabled = lambda: False
     assert library.signatures((tensor, tensor)) == (((1, 2), (2, 1), "torch.float16", 0),) * 2
+
+
+def test_what_a_captured_call_makes_for_itself_stays_the_graph_s() -> None:
+    library = CupyArrays()
+    library._is_capturing = lambda stream: stream == 77
+    kept, freed = object(), object()
+    library.retain((freed,), 0)
+    library.retain((freed,), 5)
+    library.retain((kept,), 77)
+    assert library._of_graphs == [kept]
 
 
 def test_library_of_refuses_by_type() -> None:
