@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from . import kernels
@@ -13,7 +14,7 @@ from .extras import EXTRA_NAMES, ExtraSpecs
 from .launch import ForwardPlan
 from .launches import forward_plan
 from .problem import Problem, check_pointers
-from .requests import MaskKind, PersistentMode, Window, check_offsets
+from .requests import AttentionRequest, MaskKind, PersistentMode, Window, check_offsets
 
 BACKENDS = ("cuda", "reference")
 
@@ -79,9 +80,7 @@ def flash_attn_func(
     Raises InvalidArgument, UnsupportedDtype, UnsupportedHeadDim, InvalidGqaRatio, EmptyBatch, ZeroSeqlen, SeqlenOverflow, SinkWithoutMask
     for bad input, UnsupportedCell for a combination without a kernel, MockMode where there is no GPU, CompileError, CompileDisabled.
     """
-    if q_offset is not None or k_offset is not None:
-        check_offsets(q_offset, k_offset)  # before they are hashed
-    masks = (causal, tuple(window_size), sink_tokens, q_offset, k_offset)
+    masks = mask_options(causal, window_size, sink_tokens, q_offset, k_offset)
     options = (softmax_scale, *masks, persistent, softcap, dropout_p, is_float32(out_dtype), family, None, None)
     extras = (alibi_slopes, learnable_sink, None, None, None, None)
     return forward(q, k, v, out, return_lse, options, extras, (dropout_seed, dropout_offset), backend)
@@ -127,6 +126,13 @@ def forward(
         (workspace_pointer,) = library.pointers((workspace,))
     plan.run(pointers[:3], pointers[3], lse_pointer, stream, random_state, extra_pointers, workspace_pointer)
     return (out, lse) if return_lse else out
+
+
+def mask_options(causal: bool, window_size: Any, sink_tokens: int, q_offset: int | None, k_offset: int | None) -> tuple[Any, ...]:
+    """The options of MASK_NAMES. Raises InvalidArgument or SeqlenOverflow for offsets that are none, before they are hashed."""
+    if q_offset is not None or k_offset is not None:
+        check_offsets(q_offset, k_offset)
+    return causal, tuple(window_size), sink_tokens, q_offset, k_offset
 
 
 # The arguments of a call that are neither arrays nor new at every call, in the order of _OPTION_NAMES. A plain tuple, because it is made
@@ -220,6 +226,22 @@ def reference_library(q: Any) -> ArrayLibrary:
     return library
 
 
+_NOT_THE_REFERENCES = ("persistent", "float_out", "family", "deterministic", "recompute", "max_seqlen_q", "max_seqlen_k")
+
+
+def reference_options(
+    named: Mapping[str, Any], extras: tuple[Any, ...], request: AttentionRequest, random_state: tuple[int, int]
+) -> dict[str, Any]:
+    """What reference.py is told of a call's options and extra arrays."""
+    options = {name: value for name, value in named.items() if name not in _NOT_THE_REFERENCES} | dict(
+        zip(EXTRA_NAMES, extras, strict=True)
+    )
+    if request.dropout_p > 0:
+        sizes = (request.batch, request.num_heads_q, request.seqlen_q, request.seqlen_k)
+        options["dropout_mask"] = dropout_mask(*random_state, request.dropout_p, *sizes)
+    return options
+
+
 def _reference(
     q: Any, k: Any, v: Any, out: Any, return_lse: bool, options: _Options, extras: tuple[Any, ...], random_state: tuple[int, int]
 ) -> Any:
@@ -229,14 +251,9 @@ def _reference(
     library = reference_library(q)
     _check_one_library((q, k, v) if out is None else (q, k, v, out), extras)
     request = _problem(library, (q, k, v, out), options, extras, "sm_90a").request  # refuses what the kernels refuse
-    named: dict[str, Any] = dict(zip(_OPTION_NAMES, options, strict=True)) | dict(zip(EXTRA_NAMES, extras, strict=True))
-    dtype = "float32" if named.pop("float_out") else q.dtype
-    for name in ("persistent", "family", "max_seqlen_q", "max_seqlen_k"):
-        del named[name]
-    if request.dropout_p > 0:
-        sizes = (request.batch, request.num_heads_q, request.seqlen_q, request.seqlen_k)
-        named["dropout_mask"] = dropout_mask(*random_state, request.dropout_p, *sizes)
-    result, lse = attention_forward(q, k, v, **named)
+    named: dict[str, Any] = dict(zip(_OPTION_NAMES, options, strict=True))
+    dtype = "float32" if named["float_out"] else q.dtype
+    result, lse = attention_forward(q, k, v, **reference_options(named, extras, request, random_state))
     if out is None:
         out = result.astype(dtype)
     else:

@@ -6,7 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from . import kernels
-from .api import BACKENDS, MASK_NAMES, check_random_state, extra_signatures, forward, mask_of, reference_library
+from .api import (
+    BACKENDS,
+    MASK_NAMES,
+    check_random_state,
+    extra_signatures,
+    forward,
+    mask_of,
+    mask_options,
+    reference_library,
+    reference_options,
+)
 from .arrays import ArrayLibrary, check_one_library, library_of, not_on_gpu
 from .device import check_current_device, device_info
 from .errors import InvalidArgument
@@ -14,14 +24,12 @@ from .extras import EXTRA_NAMES, ExtraSpecs
 from .launches.fa2_bwd import Fa2BwdPlan
 from .problem import ALIGNMENT_BYTES
 from .problem_backward import BackwardProblem
-from .requests import check_offsets
 
 _Options = tuple[Any, ...]
 _OPTION_NAMES = (
     *("softmax_scale", *MASK_NAMES, "softcap", "dropout_p", "deterministic", "recompute"),
     *("max_seqlen_q", "max_seqlen_k"),
 )
-_NOT_THE_REFERENCES = ("deterministic", "recompute", "max_seqlen_q", "max_seqlen_k")
 
 
 def flash_attn_backward(
@@ -78,9 +86,7 @@ def flash_attn_backward(
     Fp8BackwardUnsupported for bad input, UnsupportedCell for a combination without a kernel, MockMode where there is no GPU,
     CompileError, CompileDisabled.
     """
-    if q_offset is not None or k_offset is not None:
-        check_offsets(q_offset, k_offset)  # before they are hashed
-    masks = (causal, tuple(window_size), sink_tokens, q_offset, k_offset)
+    masks = mask_options(causal, window_size, sink_tokens, q_offset, k_offset)
     options = (softmax_scale, *masks, softcap, dropout_p, deterministic, recompute, None, None)
     extras = (alibi_slopes, learnable_sink, None, None, None, None)
     arrays = (q, k, v, out, dout, lse, dlse, dq, dk, dv, dlearnable_sink)
@@ -190,19 +196,13 @@ def _check_addresses(addresses: Mapping[str, int]) -> None:
 def _reference(arrays: tuple[Any, ...], options: _Options, extras: tuple[Any, ...], random_state: tuple[int, int]) -> tuple[Any, ...]:
     """The same call on NumPy arrays, in float64 from q, k, v and dout alone, rounded to q's dtype (dlearnable_sink to
     float32)."""
-    from .dropout import dropout_mask
     from .reference import attention_backward
 
     q, k, v, _, dout, _, dlse, *gradients = arrays
     library = reference_library(q)
     request = _problem(library, arrays, options, extras, "sm_90a", None).request
-    named: dict[str, Any] = dict(zip(_OPTION_NAMES, options, strict=True)) | dict(zip(EXTRA_NAMES, extras, strict=True))
-    for name in _NOT_THE_REFERENCES:
-        del named[name]
-    if request.dropout_p > 0:
-        sizes = (request.batch, request.num_heads_q, request.seqlen_q, request.seqlen_k)
-        named["dropout_mask"] = dropout_mask(*random_state, request.dropout_p, *sizes)
-    exact = attention_backward(dout, q, k, v, dlse=dlse, **named)
+    named = dict(zip(_OPTION_NAMES, options, strict=True))
+    exact = attention_backward(dout, q, k, v, dlse=dlse, **reference_options(named, extras, request, random_state))
     values = [value.astype(q.dtype) for value in (exact.dq, exact.dk, exact.dv)]
     if exact.dlearnable_sink is not None:
         values.append(exact.dlearnable_sink.astype("float32"))

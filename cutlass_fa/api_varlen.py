@@ -5,11 +5,11 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
-from .api import forward, is_float32
+from .api import forward, is_float32, mask_options
 from .api_backward import backward
 from .arrays import library_of
 from .errors import InvalidArgument, SeqlenOverflow
-from .requests import MAX_SEQLEN, PersistentMode, check_offsets
+from .requests import MAX_SEQLEN, PersistentMode
 
 
 def flash_attn_varlen_func(
@@ -58,14 +58,10 @@ def flash_attn_varlen_func(
     Returns out like q, or (out, lse) with lse float32 (num_heads_q, total_q). Rows of q that are not in use, those after the last sequence
     included, get out 0 and lse -inf. Raises what flash_attn_func raises, and with check InvalidArgument and SeqlenOverflow for the numbers.
     """
-    if q_offset is not None or k_offset is not None:
-        check_offsets(q_offset, k_offset)  # before they are hashed
-    masks = (causal, tuple(window_size), sink_tokens, q_offset, k_offset)
+    masks = mask_options(causal, window_size, sink_tokens, q_offset, k_offset)
     options = (softmax_scale, *masks, persistent, softcap, dropout_p, is_float32(out_dtype), family, max_seqlen_q, max_seqlen_k)
-    check_given(cu_seqlens_q, cu_seqlens_k)
-    if check:
-        check_sequences("q", cu_seqlens_q, seqused_q, max_seqlen_q, q.shape[0])
-        check_sequences("k", cu_seqlens_k, seqused_k, max_seqlen_k, k.shape[0])
+    _check_side("q", cu_seqlens_q, seqused_q, max_seqlen_q, q, check)
+    _check_side("k", cu_seqlens_k, seqused_k, max_seqlen_k, k, check)
     extras = (alibi_slopes, learnable_sink, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
     return forward(q, k, v, out, return_lse, options, extras, (dropout_seed, dropout_offset), backend)
 
@@ -114,24 +110,23 @@ def flash_attn_varlen_backward(
     Returns (dq, dk, dv), and dlearnable_sink where there is one; rows that are not in use get 0. Raises what flash_attn_backward raises,
     and with check InvalidArgument and SeqlenOverflow for the numbers.
     """
-    if q_offset is not None or k_offset is not None:
-        check_offsets(q_offset, k_offset)  # before they are hashed
-    masks = (causal, tuple(window_size), sink_tokens, q_offset, k_offset)
+    masks = mask_options(causal, window_size, sink_tokens, q_offset, k_offset)
     options = (softmax_scale, *masks, softcap, dropout_p, deterministic, recompute, max_seqlen_q, max_seqlen_k)
-    check_given(cu_seqlens_q, cu_seqlens_k)
-    if check:
-        check_sequences("q", cu_seqlens_q, seqused_q, max_seqlen_q, q.shape[0])
-        check_sequences("k", cu_seqlens_k, seqused_k, max_seqlen_k, k.shape[0])
+    _check_side("q", cu_seqlens_q, seqused_q, max_seqlen_q, q, check)
+    _check_side("k", cu_seqlens_k, seqused_k, max_seqlen_k, k, check)
     extras = (alibi_slopes, learnable_sink, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
     arrays = (q, k, v, out, dout, lse, dlse, dq, dk, dv, dlearnable_sink)
     return backward(arrays, options, extras, (dropout_seed, dropout_offset), backend)
 
 
-def check_given(cu_seqlens_q: Any, cu_seqlens_k: Any) -> None:
-    """Raises InvalidArgument, naming the array, where one is None."""
-    for name, array in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        if array is None:
-            raise InvalidArgument(f"{name} is None: packed sequences need to be told apart; flash_attn_func takes a batch of equal ones")
+def _check_side(side: str, cu_seqlens: Any, seqused: Any, max_seqlen: int | None, rows: Any, check: bool) -> None:
+    """Raises InvalidArgument where cu_seqlens is None, and with check what check_sequences raises. rows: q or k."""
+    if cu_seqlens is None:
+        raise InvalidArgument(
+            f"cu_seqlens_{side} is None: packed sequences need to be told apart; flash_attn_func takes a batch of equal ones"
+        )
+    if check:
+        check_sequences(side, cu_seqlens, seqused, max_seqlen, rows.shape[0])
 
 
 def check_sequences(side: str, cu_seqlens: Any, seqused: Any, max_seqlen: int | None, total: int) -> None:
