@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .api_varlen import flash_attn_varlen_backward, flash_attn_varlen_func
     from .dispatch import DISPATCH_TABLE, DispatchKey
     from .errors import FlashAttnError
+    from .kv_cache import ContiguousKvCache, PagedKvCache
     from .merge import merge_attention_states
     from .requests import (
         Causal,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
         Full,
         Grid,
         MaskKind,
+        PagedAttentionRequest,
         Persistent,
         PersistentMode,
         PositionBias,
@@ -45,6 +47,7 @@ _IMPORTED_NS = time.time_ns()  # before any module of the package: what is young
 __all__ = [
     "DISPATCH_TABLE",
     "Causal",
+    "ContiguousKvCache",
     "CumulativeSeqlens",
     "DispatchKey",
     "Fa2BwdRequest",
@@ -54,6 +57,8 @@ __all__ = [
     "Full",
     "Grid",
     "MaskKind",
+    "PagedAttentionRequest",
+    "PagedKvCache",
     "Persistent",
     "PersistentMode",
     "PositionBias",
@@ -76,7 +81,9 @@ _MODULES = {
     "flash_attn_varlen_func": "api_varlen",
     "DISPATCH_TABLE": "dispatch",
     "DispatchKey": "dispatch",
+    "ContiguousKvCache": "kv_cache",
     "FlashAttnError": "errors",
+    "PagedKvCache": "kv_cache",
     "merge_attention_states": "merge",
     "no_compile": "settings",
 }

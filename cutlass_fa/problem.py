@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .arrays import ArraySpec
-from .errors import InvalidArgument, UnsupportedDtype
+from .errors import InvalidArgument, PagedHeadDimMismatch, UnsupportedDtype
 from .extras import NO_EXTRAS, ExtraSpecs, check_device
+from .kv_cache import PAGE_SIZES, ContiguousKvCache, KvCache, PagedKvCache
 from .requests import DTYPES_16BIT, CumulativeSeqlens, FwdRequest, MaskKind, PersistentMode, PositionBias, forward_request
 
 ALIGNMENT_BYTES = 16  # of every address and stride: the granularity of TMA and of the kernels' stores
@@ -21,7 +22,7 @@ _ELEMENT_BYTES = {"float32": 4}  # of all others 2
 class Problem:
     """q (batch, seqlen_q, num_heads_q, head_dim), k and v (batch, seqlen_k, num_heads_kv, head_dim), out like q, or in float32; strides in
     elements. Of packed sequences all of them stand as one of total_q and total_k rows, in a batch of 1 (the request's batch counts the
-    sequences)."""
+    sequences). Of a KV cache k and v are its pages (num_blocks, block_size, num_heads_kv, head_dim)."""
 
     request: FwdRequest
     q: ArraySpec
@@ -63,29 +64,32 @@ class Problem:
         family: str | None = None,
         max_seqlen_q: int | None = None,
         max_seqlen_k: int | None = None,
+        cached: bool = False,
     ) -> Problem:
         """Check the arrays of a forward call and describe it. out None: a fresh contiguous (batch, seqlen_q, num_heads_q, head_dim).
         family None: the one that serves the call. With cu_seqlens among the extras, q, k, v and out are packed, without the batch
-        dimension, and max_seqlen_q, max_seqlen_k say how long sequences are at most (None: not known).
+        dimension, and max_seqlen_q, max_seqlen_k say how long sequences are at most (None: not known). cached: k and v are a KV cache,
+        paged where there is a block_table of more than one block a sequence; q and out are packed, with or without cu_seqlens_q.
 
         Raises InvalidArgument (rank, shape, stride, device, a mix of dtypes; names the argument), UnsupportedDtype, and everything
         that the request raises (EmptyBatch, ZeroSeqlen, InvalidGqaRatio, UnsupportedHeadDim ...).
         """
-        packed = extras.is_packed
+        packed = cached or extras.is_packed
         for name, spec in (("q", q), ("k", k), ("v", v)):
-            check_rank(name, spec, packed)
+            check_rank(name, spec, packed and (name == "q" or not cached))
         if packed:
             if out is not None:
                 check_rank("out", out, packed)
                 out = one_sequence(out)
-            q, k, v = (one_sequence(spec) for spec in (q, k, v))
+            q = one_sequence(q)
+            k, v = (k, v) if cached else (one_sequence(k), one_sequence(v))
         check_same_dtype(q, k, v)
-        check_shapes(q, k, v)
+        check_shapes(q, k, v, cached)
         num_heads_q, head_dim = q.shape[2:]
         request = forward_request(
             family,
             persistent,
-            **sizes_of(q, k, extras, max_seqlen_q, max_seqlen_k),
+            **(cached_sizes_of(q, k, extras, max_seqlen_q) if cached else sizes_of(q, k, extras, max_seqlen_q, max_seqlen_k)),
             num_heads_q=num_heads_q,
             num_heads_kv=k.shape[2],
             head_dim=head_dim,
@@ -137,6 +141,35 @@ def sizes_of(q: ArraySpec, k: ArraySpec, extras: ExtraSpecs, max_seqlen_q: int |
     return dict(zip(("seqlen_q", "seqlen_k"), longest, strict=True)) | {"batch": extras.num_sequences, "cu_seqlens": rows}
 
 
+def cached_sizes_of(q: ArraySpec, k: ArraySpec, extras: ExtraSpecs, max_seqlen_q: int | None) -> dict[str, Any]:
+    """The same where k is a cache's pages."""
+    batch, total_q, cache = extras.num_cached_sequences, q.shape[1], kv_cache_of(k, extras)
+    if extras.cu_seqlens_q is None:
+        if total_q % batch:
+            raise InvalidArgument(f"q has {total_q} rows and {batch} sequences, no whole number each: pass cu_seqlens_q")
+        max_seqlen_q = total_q // batch
+    longest = total_q if max_seqlen_q is None else min(max_seqlen_q, total_q)
+    rows = CumulativeSeqlens(total_q, batch * cache.capacity)
+    return {"batch": batch, "seqlen_q": longest, "seqlen_k": cache.capacity, "cu_seqlens": rows, "kv_cache": cache}
+
+
+def kv_cache_of(k: ArraySpec, extras: ExtraSpecs) -> KvCache:
+    """What a cache's pages are: those of a block table, or whole sequences. Raises InvalidArgument, InvalidPagedBlockSize,
+    EmptyPagedCache."""
+    num_blocks, block_size = k.shape[:2]
+    batch = extras.num_cached_sequences
+    if extras.block_table is None:
+        if batch > num_blocks:
+            raise InvalidArgument(f"k has {num_blocks} sequences and seqused_k has {batch}: the cache needs a row for each sequence")
+        return ContiguousKvCache(num_blocks, block_size)
+    max_blocks = extras.block_table.shape[-1]
+    return (
+        ContiguousKvCache(num_blocks, block_size)
+        if max_blocks == 1 and block_size not in PAGE_SIZES
+        else PagedKvCache(num_blocks, block_size, max_blocks)
+    )
+
+
 def one_sequence(spec: ArraySpec) -> ArraySpec:
     """A batch dimension of 1 in front, e.g. (total, heads, head_dim) as (1, total, heads, head_dim)."""
     return replace(spec, shape=(1, *spec.shape), strides=(0, *spec.strides))
@@ -164,12 +197,14 @@ def check_same_dtype(q: ArraySpec, k: ArraySpec, v: ArraySpec) -> None:
             raise InvalidArgument(f"{name} has dtype {spec.dtype} and q has {q.dtype}: q, k and v must have the same dtype")
 
 
-def check_shapes(q: ArraySpec, k: ArraySpec, v: ArraySpec) -> None:
+def check_shapes(q: ArraySpec, k: ArraySpec, v: ArraySpec, cached: bool = False) -> None:
     """Raises InvalidArgument where the shapes of q, k and v contradict each other."""
     if v.shape != k.shape:
         raise InvalidArgument(f"v has shape {v.shape} and k has {k.shape}: they must be equal (batch, seqlen_k, num_heads_kv, head_dim)")
-    if k.shape[0] != q.shape[0]:
+    if not cached and k.shape[0] != q.shape[0]:
         raise InvalidArgument(f"k has batch {k.shape[0]} and q has {q.shape[0]}: they must be equal")
+    if k.shape[3] != q.shape[3] and cached:
+        raise PagedHeadDimMismatch(f"the cache has head_dim {k.shape[3]} and q has {q.shape[3]}: they must be equal")
     if k.shape[3] != q.shape[3]:
         raise InvalidArgument(f"k has head_dim {k.shape[3]} and q has {q.shape[3]}: they must be equal")
 
