@@ -196,7 +196,7 @@ _MASKS = ("causal", "varlen", "sliding_window", "alibi", "sink")
 
 # What has a template: (family, direction) -> the presence flags that it knows.
 BUILT_FLAGS: dict[tuple[str, str], tuple[str, ...]] = {
-    ("fa2", "fwd"): (*_MASKS, "learnable_sink", "position_offset", "softcap", "dropout", "float_out"),
+    ("fa2", "fwd"): (*_MASKS, "learnable_sink", "paged", "position_offset", "softcap", "dropout", "float_out"),
     ("fa3", "fwd"): (*_MASKS, "learnable_sink", "paged", "position_offset", "softcap", "float_out"),
     ("fa2", "bwd"): (*_MASKS, "position_offset", "softcap", "dropout", "deterministic", "split"),
     ("fa2", "bwd_preprocess"): ("varlen", "learnable_sink"),
@@ -262,9 +262,16 @@ def _unbuilt_reasons(key: DispatchKey) -> list[str]:
         for field, _ in FLAG_WORDS
         if field not in BUILT_FLAGS[kernel]
     ]
-    packable = key.gqa_ratio == 1 or (kernel == ("fa3", "fwd") and key.gqa_ratio <= MAX_GQA_RATIO)
-    most = f"at most {MAX_GQA_RATIO} query heads are packed into a tile" if kernel == ("fa3", "fwd") else "heads are not packed"
-    checks += [(not packable, f"gqa_ratio {key.gqa_ratio}: {most}; 1 serves every ratio")]
+    is_forward = key.direction == "fwd"
+    most = f"at most {MAX_GQA_RATIO} query heads are packed into a tile" if is_forward else "heads are not packed"
+    packable = key.gqa_ratio == 1 or (is_forward and key.gqa_ratio <= MAX_GQA_RATIO)
+    checks += [
+        (not packable, f"gqa_ratio {key.gqa_ratio}: {most}; 1 serves every ratio"),
+        (
+            key.gqa_ratio > 1 and key.dropout and key.family == "fa2",
+            "heads are not packed with dropout, whose numbers belong to one head; gqa_ratio 1 serves every ratio",
+        ),
+    ]
     return [reason for refused, reason in checks if refused]
 
 
@@ -323,6 +330,9 @@ DISPATCH_TABLE = DispatchTable(
         _fa2_fwd("sm_80", "bf16", 64, varlen=True, alibi=True, learnable_sink=True, dropout=True, **_SINK_WINDOW),
         _fa2_fwd("sm_90a", "bf16", 128, causal=True, varlen=True),
         _fa2_fwd("sm_80", "bf16", 64, causal=True, learnable_sink=True),
+        _fa2_fwd("sm_80", "bf16", 128, causal=True, varlen=True, paged=True),
+        _fa2_fwd("sm_80", "bf16", 128, causal=True, varlen=True, paged=True, gqa_ratio=4, **_SINK_WINDOW),
+        _fa2_fwd("sm_80", "f16", 64, gqa_ratio=4),
         _fa2_fwd("sm_80", "bf16", 96),
         _fa2_fwd("sm_86", "bf16", 256, causal=True),
         _fa2_fwd("sm_89", "bf16", 128, causal=True),

@@ -357,8 +357,9 @@ CUTLASS_FA_DEVICE void attend(SharedStorage& shared, Params const& params, Tile 
 #pragma unroll
     for (int m = 0; m < kRowBlocks; ++m) {
       if constexpr (decltype(masked)::value) {
-        int const query = query_of(tile, first_row + 16 * m), key = n_block * kTileN + first_column;
-        int const limit[2] = {keys_seen_from(params, key, query), keys_seen_from(params, key, query + 8)};
+        int const key = n_block * kTileN + first_column, first_query = query_of(tile, first_row + 16 * m);
+        int const query[2] = {first_query, first_query + 8};
+        int const limit[2] = {keys_seen_from(params, key, query[0]), keys_seen_from(params, key, query[1])};
         apply_mask(acc_s[m], limit);
       }
       outgrown |= outgrows(acc_s[m], rows[m], params.softmax_scale_log2);
@@ -374,7 +375,7 @@ CUTLASS_FA_DEVICE void attend(SharedStorage& shared, Params const& params, Tile 
   };
 
   int n_block = last_block;
-  int const own_end = is_row(params, tile, warp_row) ? n_block_end(params, query_of(tile, warp_row + kWarpRows)) : 0;
+  int const own_end = is_row(params, tile, warp_row) ? n_block_end(params, query_of(tile, warp_row + kWarpRows - 1) + 1) : 0;
   int const unmasked_end = n_block_unmasked_end(params, query_of(tile, 0));
 #pragma unroll 1
   for (; n_block >= unmasked_end; --n_block) {

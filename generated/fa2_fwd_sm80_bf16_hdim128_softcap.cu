@@ -356,8 +356,9 @@ CUTLASS_FA_DEVICE void attend(SharedStorage& shared, Params const& params, Tile 
     for (int m = 0; m < kRowBlocks; ++m) {
       score_mod(acc_s[m], params);
       if constexpr (decltype(masked)::value) {
-        int const query = query_of(tile, first_row + 16 * m), key = n_block * kTileN + first_column;
-        int const limit[2] = {keys_seen_from(params, key, query), keys_seen_from(params, key, query + 8)};
+        int const key = n_block * kTileN + first_column, first_query = query_of(tile, first_row + 16 * m);
+        int const query[2] = {first_query, first_query + 8};
+        int const limit[2] = {keys_seen_from(params, key, query[0]), keys_seen_from(params, key, query[1])};
         apply_mask(acc_s[m], limit);
       }
       outgrown |= outgrows(acc_s[m], rows[m], params.softmax_scale_log2);

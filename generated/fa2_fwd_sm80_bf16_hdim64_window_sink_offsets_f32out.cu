@@ -393,8 +393,9 @@ CUTLASS_FA_DEVICE void attend(SharedStorage& shared, Params const& params, Tile 
 #pragma unroll
     for (int m = 0; m < kRowBlocks; ++m) {
       if constexpr (decltype(masked)::value) {
-        int const query = query_of(tile, first_row + 16 * m), key = n_block * kTileN + first_column;
-        apply_mask(acc_s[m], params, key, {query, query + 8});
+        int const key = n_block * kTileN + first_column, first_query = query_of(tile, first_row + 16 * m);
+        int const query[2] = {first_query, first_query + 8};
+        apply_mask(acc_s[m], params, key, query);
       }
       outgrown |= outgrows(acc_s[m], rows[m], params.softmax_scale_log2);
     }
@@ -410,7 +411,7 @@ CUTLASS_FA_DEVICE void attend(SharedStorage& shared, Params const& params, Tile 
 
   int n_block = last_block;
   int const own_begin = key_begin(params, query_of(tile, warp_row)) / kTileN;
-  int const own_end = is_row(params, tile, warp_row) ? n_block_end(params, query_of(tile, warp_row + kWarpRows)) : 0;
+  int const own_end = is_row(params, tile, warp_row) ? n_block_end(params, query_of(tile, warp_row + kWarpRows - 1) + 1) : 0;
 #pragma unroll 1
   for (; n_block >= blocks.unmasked(); --n_block) {
     next_block(n_block);

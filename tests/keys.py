@@ -12,7 +12,7 @@ from tests.covering import covering
 @lru_cache(maxsize=1)
 def sampled_keys() -> tuple[DispatchKey, ...]:
     """Those of each (family, direction), and every golden one. Sink tokens without a window, and offsets without a mask that
-    they move, which no kernel has, get the window and the mask; other combinations that no kernel has get what it has."""
+    they move, which no kernel has, get the window and the mask; other combinations that no kernel has get, or lose, what makes them one."""
     keys = set(DISPATCH_TABLE)
     for (family, direction), flags in BUILT_FLAGS.items():
         factors: dict[str, Any] = {"arch": ARCHS if family == "fa2" else ("sm_90a",), "dtype": ("f16", "bf16"), "head_dim": CELL_HEAD_DIMS}
@@ -22,6 +22,8 @@ def sampled_keys() -> tuple[DispatchKey, ...]:
                 chosen["causal"] = True
             if chosen.get("paged", False):
                 chosen["varlen"] = True
+                if "dropout" in chosen:
+                    chosen["dropout"] = False
             if direction == "sequence_tiles":  # one kernel serves all
                 chosen["dtype"], chosen["head_dim"] = SEQUENCE_TILES_OF
             if direction == "bwd_convert" and chosen["split"]:

@@ -11,6 +11,7 @@ from ..dispatch import DispatchKey
 from ..params import ParamField, fa2_fwd_params
 from .swizzled import SwizzledCell
 
+WARP_LANES = 32
 MMA_ROWS = 16  # query rows, head_dim columns or keys of one mma's operand A; two blocks of its B
 CTA_RESERVED_BYTES = 1 << 10  # shared memory that the system takes for each CTA
 
@@ -26,7 +27,7 @@ class Fa2FwdCell(SwizzledCell):
 
     @classmethod
     def for_key(cls, key: DispatchKey) -> Fa2FwdCell:
-        return cls(key, fa2_fwd_tile(key.arch, key.head_dim, causal=key.causal, features=key.features))
+        return cls(key, fa2_fwd_tile(key.arch, key.head_dim, causal=key.causal, features=key.features, packed=key.gqa_ratio > 1))
 
     def misfits(self) -> list[str]:
         tile, rows_per_pass = self.tile, self.threads * 16 // self.swizzle_bytes
@@ -37,6 +38,7 @@ class Fa2FwdCell(SwizzledCell):
             (tile.tile_n % MMA_ROWS != 0, f"tile_n {tile.tile_n} is no multiple of {MMA_ROWS}"),
             (tile.tile_n % rows_per_pass != 0, f"tile_n {tile.tile_n} is no multiple of the {rows_per_pass} rows copied at a time"),
             (self.tile_m % rows_per_pass != 0, f"tile_m {self.tile_m} is no multiple of the {rows_per_pass} rows copied at a time"),
+            (self.rows_looked_up > WARP_LANES, f"{self.rows_looked_up} rows of a block for {WARP_LANES} lanes to look up"),
             (tile.stages < 2, f"{tile.stages} stages: one is read while another lands"),
             (together > available, f"{together} B of shared memory for {tile.ctas_per_sm} CTAs, {available} in a multiprocessor"),
             (self.accumulator_registers > self.register_limit, f"{self.accumulator_registers} registers of {self.register_limit}"),
@@ -47,7 +49,7 @@ class Fa2FwdCell(SwizzledCell):
 
     @property
     def tile_m(self) -> int:
-        return self.tile.warps * self.tile.warp_rows
+        return self.tile.tile_m
 
     @property
     def tile_n(self) -> int:
@@ -68,11 +70,6 @@ class Fa2FwdCell(SwizzledCell):
     @property
     def threads(self) -> int:
         return 32 * self.tile.warps
-
-    @property
-    def work_heads(self) -> str:
-        """The Params field that counts the heads of the work list."""
-        return "num_heads_q"
 
     @property
     def accumulator_registers(self) -> int:
@@ -96,6 +93,11 @@ class Fa2FwdCell(SwizzledCell):
         """sizeof(SharedStorage): Q and the rings of K and V, each tile at a multiple of 1024."""
         return round_up(self.q_tile.size_bytes, 1024) + 2 * round_up(self.stages * self.kv_tile.size_bytes, 1024)
 
+    @property
+    def rows_looked_up(self) -> int:
+        """Rows of a key block that a warp copies, where each of its lanes looks up the page of one."""
+        return self.tile_n // self.tile.warps if self.is_paged else 0
+
     # ---- named booleans ----------------------------------------------------------------------------------------------------------
 
     @property
@@ -105,6 +107,21 @@ class Fa2FwdCell(SwizzledCell):
     @property
     def has_q_in_shared_memory(self) -> bool:
         return not self.tile.q_in_registers
+
+    @property
+    def has_idle_warps(self) -> bool:
+        """Whether tiles with few queries are usual, so that passing over blocks pays for warps without rows."""
+        return self.is_packed or self.is_paged
+
+    @property
+    def has_gathered_rows(self) -> bool:
+        """Whether rows of Q, or of K and V, each lie at a place of their own."""
+        return self.is_packed or self.is_paged
+
+    @property
+    def has_strided_rows(self) -> bool:
+        """Whether rows of Q, or of K and V, lie one stride apart."""
+        return not (self.is_packed and self.is_paged)
 
     @property
     def has_pointers_to_inputs(self) -> bool:

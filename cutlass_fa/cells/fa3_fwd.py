@@ -56,20 +56,6 @@ class Fa3FwdCell(SwizzledCell):
         return self.tile.q_stages
 
     @property
-    def gqa_ratio(self) -> int:
-        return self.key.gqa_ratio
-
-    @property
-    def queries_per_tile(self) -> int:
-        """Queries of one tile: its rows, divided among the heads that are packed into them."""
-        return self.tile_m // self.gqa_ratio
-
-    @property
-    def work_heads(self) -> str:
-        """The Params field that counts the heads of the work list."""
-        return "num_heads_kv" if self.is_packed else "num_heads_q"
-
-    @property
     def q_map_dimensions(self) -> str:
         return "num_heads_kv, seqlen_q, kGqaRatio" if self.is_packed else "num_heads_q, seqlen_q"
 
