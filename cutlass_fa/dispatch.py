@@ -269,7 +269,7 @@ def _unbuilt_reasons(key: DispatchKey) -> list[str]:
         (not packable, f"gqa_ratio {key.gqa_ratio}: {most}; 1 serves every ratio"),
         (
             key.gqa_ratio > 1 and key.dropout and key.family == "fa2",
-            "heads are not packed with dropout, whose numbers belong to one head; gqa_ratio 1 serves every ratio",
+            "heads are not packed with dropout, whose numbers are drawn for one head at a time; gqa_ratio 1 serves every ratio",
         ),
     ]
     return [reason for refused, reason in checks if refused]
