@@ -89,7 +89,7 @@ class Problem:
         request = forward_request(
             family,
             persistent,
-            **(cached_sizes_of(q, k, extras, max_seqlen_q) if cached else sizes_of(q, k, extras, max_seqlen_q, max_seqlen_k)),
+            **(cached_sizes_of(q, k, v, extras, max_seqlen_q) if cached else sizes_of(q, k, extras, max_seqlen_q, max_seqlen_k)),
             num_heads_q=num_heads_q,
             num_heads_kv=k.shape[2],
             head_dim=head_dim,
@@ -114,9 +114,11 @@ class Problem:
             raise InvalidArgument(f"out has dtype {out.dtype}: expected float32, as out_dtype says")
         check_out(out, like)
         for name, spec in (("q", q), ("k", k), ("v", v), ("out", out)):
-            check_strides(name, spec)
+            check_strides(name, spec, cached and name in ("k", "v") and has_tokens_inner(spec))
             check_device(name, spec, q)
         extras.check(q, request.batch)
+        if request.kv_cache is not None:
+            check_padding(request.kv_cache, extras)
         return cls(request, q, k, v, out, extras)
 
 
@@ -141,9 +143,9 @@ def sizes_of(q: ArraySpec, k: ArraySpec, extras: ExtraSpecs, max_seqlen_q: int |
     return dict(zip(("seqlen_q", "seqlen_k"), longest, strict=True)) | {"batch": extras.num_sequences, "cu_seqlens": rows}
 
 
-def cached_sizes_of(q: ArraySpec, k: ArraySpec, extras: ExtraSpecs, max_seqlen_q: int | None) -> dict[str, Any]:
-    """The same where k is a cache's pages."""
-    batch, total_q, cache = extras.num_cached_sequences, q.shape[1], kv_cache_of(k, extras)
+def cached_sizes_of(q: ArraySpec, k: ArraySpec, v: ArraySpec, extras: ExtraSpecs, max_seqlen_q: int | None) -> dict[str, Any]:
+    """The same where k and v are a cache's pages."""
+    batch, total_q, cache = extras.num_cached_sequences, q.shape[1], kv_cache_of(k, v, extras)
     if extras.cu_seqlens_q is None:
         if total_q % batch:
             raise InvalidArgument(f"q has {total_q} rows and {batch} sequences, no whole number each: pass cu_seqlens_q")
@@ -153,21 +155,34 @@ def cached_sizes_of(q: ArraySpec, k: ArraySpec, extras: ExtraSpecs, max_seqlen_q
     return {"batch": batch, "seqlen_q": longest, "seqlen_k": cache.capacity, "cu_seqlens": rows, "kv_cache": cache}
 
 
-def kv_cache_of(k: ArraySpec, extras: ExtraSpecs) -> KvCache:
+def kv_cache_of(k: ArraySpec, v: ArraySpec, extras: ExtraSpecs) -> KvCache:
     """What a cache's pages are: those of a block table, or whole sequences. Raises InvalidArgument, InvalidPagedBlockSize,
     EmptyPagedCache."""
     num_blocks, block_size = k.shape[:2]
     batch = extras.num_cached_sequences
+    inner = {"k_tokens_inner": has_tokens_inner(k), "v_tokens_inner": has_tokens_inner(v)}
     if extras.block_table is None:
         if batch > num_blocks:
             raise InvalidArgument(f"k has {num_blocks} sequences and seqused_k has {batch}: the cache needs a row for each sequence")
-        return ContiguousKvCache(num_blocks, block_size)
+        return ContiguousKvCache(num_blocks, block_size, **inner)
     max_blocks = extras.block_table.shape[-1]
-    return (
-        ContiguousKvCache(num_blocks, block_size)
-        if max_blocks == 1 and block_size not in PAGE_SIZES
-        else PagedKvCache(num_blocks, block_size, max_blocks)
-    )
+    if max_blocks == 1 and block_size not in PAGE_SIZES:
+        return ContiguousKvCache(num_blocks, block_size, **inner)
+    return PagedKvCache(num_blocks, block_size, max_blocks, **inner)
+
+
+def has_tokens_inner(pages: ArraySpec) -> bool:
+    """Whether the memory of a cache (num_blocks, block_size, num_heads_kv, head_dim) has tokens innermost, not the columns of one."""
+    return pages.strides[3] != 1 and pages.strides[1] == 1
+
+
+def check_padding(cache: KvCache, extras: ExtraSpecs) -> None:
+    """Raises InvalidArgument for padding in front of keys where tokens are innermost."""
+    if extras.cache_leftpad is not None and (cache.k_tokens_inner or cache.v_tokens_inner):
+        raise InvalidArgument(
+            "cache_leftpad with a cache whose tokens are innermost: kernels load its keys in groups of 8, which the first key must begin; "
+            "move each sequence to the front of its cache, or keep the cache as (..., num_heads_kv, head_dim)"
+        )
 
 
 def one_sequence(spec: ArraySpec) -> ArraySpec:
@@ -220,13 +235,15 @@ def check_out(out: ArraySpec, q: ArraySpec, name: str = "out", like: str = "q", 
         raise InvalidArgument(f"{name} has strides {out.strides}: a stride of 0 would have several results written to one place")
 
 
-def check_strides(name: str, spec: ArraySpec) -> None:
-    """Raises InvalidArgument unless the last dimension is contiguous and the others step by multiples of 16 bytes."""
-    if spec.strides[3] != 1:
+def check_strides(name: str, spec: ArraySpec, tokens_inner: bool = False) -> None:
+    """Raises InvalidArgument unless the last dimension, or with tokens_inner that of tokens, is contiguous and the others step by multiples
+    of 16 bytes."""
+    if spec.strides[3] != 1 and not tokens_inner:
         raise InvalidArgument(f"{name} has strides {spec.strides} (elements): the last dimension must be contiguous (stride 1)")
     step = ALIGNMENT_BYTES // _ELEMENT_BYTES.get(spec.dtype, 2)
-    for axis, (stride, extent) in enumerate(zip(spec.strides[:3], spec.shape[:3], strict=True)):
-        if extent > 1 and (stride < 0 or stride % step):
+    contiguous = 1 if tokens_inner else 3
+    for axis, (stride, extent) in enumerate(zip(spec.strides, spec.shape, strict=True)):
+        if axis != contiguous and extent > 1 and (stride < 0 or stride % step):
             raise InvalidArgument(
                 f"{name} has strides {spec.strides} (elements): the stride of dimension {axis} must be a non-negative multiple of {step} "
                 f"({ALIGNMENT_BYTES} bytes); copy {name} to a contiguous array"
