@@ -199,10 +199,11 @@ class DispatchTable:
 
 
 _MASKS = ("causal", "varlen", "sliding_window", "alibi", "sink")
+_CACHE = ("paged", "k_tokens_inner", "v_tokens_inner")
 
 # What has a template: (family, direction) -> the presence flags that it knows.
 BUILT_FLAGS: dict[tuple[str, str], tuple[str, ...]] = {
-    ("fa2", "fwd"): (*_MASKS, "learnable_sink", "paged", "position_offset", "softcap", "dropout", "float_out"),
+    ("fa2", "fwd"): (*_MASKS, "learnable_sink", *_CACHE, "position_offset", "softcap", "dropout", "float_out"),
     ("fa3", "fwd"): (*_MASKS, "learnable_sink", "paged", "position_offset", "softcap", "float_out"),
     ("fa2", "bwd"): (*_MASKS, "position_offset", "softcap", "dropout", "deterministic", "split"),
     ("fa2", "bwd_preprocess"): ("varlen", "learnable_sink"),
@@ -342,6 +343,8 @@ DISPATCH_TABLE = DispatchTable(
         _fa2_fwd("sm_80", "bf16", 64, causal=True, learnable_sink=True),
         _fa2_fwd("sm_80", "bf16", 128, causal=True, varlen=True, paged=True),
         _fa2_fwd("sm_80", "bf16", 128, causal=True, varlen=True, paged=True, gqa_ratio=4, **_SINK_WINDOW),
+        _fa2_fwd("sm_80", "bf16", 128, causal=True, varlen=True, paged=True, k_tokens_inner=True, v_tokens_inner=True),
+        _fa2_fwd("sm_80", "f16", 80, varlen=True, paged=True, k_tokens_inner=True, gqa_ratio=8),
         _fa2_fwd("sm_80", "f16", 64, gqa_ratio=4),
         _fa2_fwd("sm_80", "bf16", 96),
         _fa2_fwd("sm_86", "bf16", 256, causal=True),

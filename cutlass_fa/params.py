@@ -121,9 +121,10 @@ DROPOUT_RATE = (
 )
 
 
-def strides(array: str) -> tuple[ParamField, ...]:
-    """The strides of one (batch, seqlen, heads, head_dim) array."""
-    return tuple(ParamField(f"{array}_stride_{axis}", "int64_t", "elements") for axis in ("batch", "row", "head"))
+def strides(array: str, tokens_inner: bool = False) -> tuple[ParamField, ...]:
+    """The strides of one (batch, seqlen, heads, head_dim) array, but that of the dimension that is contiguous."""
+    axes = ("batch", "column", "head") if tokens_inner else ("batch", "row", "head")
+    return tuple(ParamField(f"{array}_stride_{axis}", "int64_t", "elements") for axis in axes)
 
 
 def scale_params(key: DispatchKey) -> tuple[ParamField, ...]:
@@ -153,7 +154,7 @@ def fa3_fwd_params(key: DispatchKey, dynamic_scheduler: bool) -> tuple[ParamFiel
 def fa2_fwd_params(key: DispatchKey) -> tuple[ParamField, ...]:
     """The fields of an fa2 forward cell: what a run writes, then the other wide ones, then the narrow ones."""
     pointers = (*_INPUTS, *_outputs(key), *_extra_addresses(key)) + DROPOUT_STATE * key.dropout
-    inputs = (*strides("q"), *strides("k"), *strides("v"), *strides("o"))
+    inputs = (*strides("q"), *strides("k", key.k_tokens_inner), *strides("v", key.v_tokens_inner), *strides("o"))
     wide = (*pointers, *inputs) + (ALIBI_STRIDE,) * key.alibi + (BLOCK_TABLE_STRIDE,) * key.paged
     sizes = _PACKED_SIZES if key.varlen else tuple(field for field in _FORWARD_SIZES if field.name != "num_tiles")
     narrow = (*sizes, *_PAGES * key.paged, *scale_params(key), _work_heads(key))

@@ -216,8 +216,8 @@ CUTLASS_FA_DEVICE void load_q(SharedStorage& shared, Params const& params, Tile 
 
 // Where a lane's row of an ldmatrix lies in a 16 x 16 block of a tile (layouts.py's ldmatrix_offset).
 struct Lane {
-  int row_operand;     // Q as A; V as B, transposed while it is loaded
-  int column_operand;  // K as B
+  int row_operand;     // Q as A; B whose rows are summed over, transposed while it is loaded
+  int column_operand;  // B whose columns are
 };
 
 CUTLASS_FA_DEVICE Lane make_lane() {

@@ -269,49 +269,52 @@ CUTLASS_FA_DEVICE void load_row(char* tile, Copier const& copier, Element const*
 constexpr int kWarpRowsPerPass = kWarpSize / kUnits;                     // of a key block, that a warp copies at a time
 constexpr int kWarpCopyRows = kTileN / kRowsPerPass * kWarpRowsPerPass;  // and in all
 static_assert(kWarpCopyRows <= kWarpSize, "each row of a block that a warp copies has a lane that looks up its page");
-
-// K and V of the tile's key head in every page, and the stage that takes the next block of both. Each lane knows where one of the rows of that
-// block lies that its warp copies.
+// K and V of the tile's key head in every page, and the stage that takes the next block of both; and where that block's keys lie: page is
+// as the block table has it, -1 where there is no key.
 struct KvSource {
   Element const* k;
   Element const* v;
   int stage;
-  int page;  // as the block table has it; -1 for a row that does not exist
-  int row_in_page;
+  int page, key_in_page;  // of one of the keys whose rows the warp copies: each lane knows another
 };
 
 CUTLASS_FA_DEVICE KvSource make_kv_source(Params const& params, Tile const& tile) {
   int64_t const head = kv_head_of(params, tile);
-  return {static_cast<Element const*>(params.k) + head * params.k_stride_head, static_cast<Element const*>(params.v) + head * params.v_stride_head, 0,
-          -1, 0};
+  KvSource source;
+  source.k = static_cast<Element const*>(params.k) + head * params.k_stride_head;
+  source.v = static_cast<Element const*>(params.v) + head * params.v_stride_head;
+  source.stage = 0;
+  return source;
 }
 
-// Looks up the lane's row of a block, before the block is copied: nobody waits for the table.
-CUTLASS_FA_DEVICE void find_rows(KvSource& source, Params const& params, Tile const& tile, int n_block) {
+// Looks up where a block's keys lie, before the block is copied: nobody waits for the table.
+CUTLASS_FA_DEVICE void find_keys(KvSource& source, Params const& params, Tile const& tile, Copier const& copier, int n_block) {
   int const lane = thread_index() % kWarpSize, warp = thread_index() / kWarpSize;
   int const row = lane / kWarpRowsPerPass * kRowsPerPass + warp * kWarpRowsPerPass + lane % kWarpRowsPerPass;
-  int const key = n_block * kTileN + row, place = tile.keys.first + key;
+  int const key = n_block * kTileN + row, place = tile.keys.first + key, index = place / params.page_size;
   bool const exists = lane < kWarpCopyRows && key < params.seqlen_k;
-  int const index = place / params.page_size;
-  source.row_in_page = place - index * params.page_size;
+  source.key_in_page = place - index * params.page_size;
   source.page = exists ? page_of(params, tile.batch, index) : -1;
 }
 
-// The block whose rows were looked up last. A page outside the cache is not read: its rows are zeros.
-template <bool kAllRows>
-CUTLASS_FA_DEVICE void load_kv(KvSource& source, SharedStorage& shared, Params const& params, Copier const& copier, int) {
+CUTLASS_FA_DEVICE bool is_page(Params const& params, int page) { return 0 <= page && page < params.num_pages; }
+
+// The block that was looked up last. A page outside the cache is not read: its keys are zeros.
+template <bool kAllKeys>
+CUTLASS_FA_DEVICE void load_kv(KvSource& source, SharedStorage& shared, Params const& params, Copier const& copier, int n_block) {
 #pragma unroll
   for (int row = 0; row < kTileN; row += kRowsPerPass) {
     int const lane = row / kRowsPerPass * kWarpRowsPerPass + thread_index() % kWarpSize / kUnits;  // the one that looked it up
-    int64_t const page = shuffle(source.page, lane), row_in_page = shuffle(source.row_in_page, lane);
-    bool const exists = 0 <= page && page < params.num_pages;
-    Element const* const k = source.k + page * params.k_stride_batch + row_in_page * params.k_stride_row + copier.column;
-    Element const* const v = source.v + page * params.v_stride_batch + row_in_page * params.v_stride_row + copier.column;
+    int64_t const page = shuffle(source.page, lane), key_in_page = shuffle(source.key_in_page, lane);
+    bool const exists = is_page(params, page);
+    Element const* const k = source.k + page * params.k_stride_batch + key_in_page * params.k_stride_row + copier.column;
     load_row<kTileN>(shared.k[source.stage] + row * kSwizzleBytes, copier, k, exists, params.head_dim);
+    Element const* const v = source.v + page * params.v_stride_batch + key_in_page * params.v_stride_row + copier.column;
     load_row<kTileN>(shared.v[source.stage] + row * kSwizzleBytes, copier, v, exists, params.head_dim);
   }
   source.stage = stage_after(source.stage);
 }
+
 
 CUTLASS_FA_DEVICE void load_q(SharedStorage& shared, Params const& params, Tile const& tile, Copier const& copier) {
   Element const* const q = static_cast<Element const*>(params.q) + tile.batch * params.q_stride_batch + copier.column;
@@ -328,8 +331,8 @@ CUTLASS_FA_DEVICE void load_q(SharedStorage& shared, Params const& params, Tile 
 
 // Where a lane's row of an ldmatrix lies in a 16 x 16 block of a tile (layouts.py's ldmatrix_offset).
 struct Lane {
-  int row_operand;     // Q as A; V as B, transposed while it is loaded
-  int column_operand;  // K as B
+  int row_operand;     // Q as A; B whose rows are summed over, transposed while it is loaded
+  int column_operand;  // B whose columns are
 };
 
 CUTLASS_FA_DEVICE Lane make_lane() {
@@ -444,7 +447,7 @@ CUTLASS_FA_DEVICE void attend(SharedStorage& shared, Params const& params, Tile 
   KeyBlocks const blocks = key_blocks(params, tile);
   // Ahead of the copy that needs it.
   auto find_block = [&](int n_block) {
-    if (n_block >= 0) { find_rows(source, params, tile, blocks.at(n_block)); }
+    if (n_block >= 0) { find_keys(source, params, tile, copier, blocks.at(n_block)); }
   };
   find_block(last_block);
   int stage = 0;  // the one to read

@@ -13,6 +13,7 @@ from tests.numerics import random_array
 LAYOUTS = {  # name -> the order in memory of (block, key, head, column)
     "rows": (0, 1, 2, 3),
     "heads": (0, 2, 1, 3),
+    "tokens": (0, 2, 3, 1),
 }
 
 
@@ -39,13 +40,22 @@ class CacheCase:
     def total_q(self) -> int:
         return max(sum(q for q, _ in self.pairs), 1)
 
-    def make(self, xp: ModuleType, rng: Any, heads: tuple[int, int], head_dim: int, dtype: Any) -> Cache:
-        """Fresh arrays. heads: of q, and of k and v."""
+    def make(
+        self,
+        xp: ModuleType,
+        rng: Any,
+        heads: tuple[int, int],
+        head_dim: int,
+        dtype: Any,
+        tokens_inner: tuple[bool, bool] = (False, False),
+    ) -> Cache:
+        """Fresh arrays. heads: of q, and of k and v. tokens_inner: of k and of v, instead of the case's layout."""
         q = random_array(xp, rng, (self.total_q, heads[0], head_dim), dtype)
         lengths = [k for _, k in self.pairs]
         k, v = (random_array(xp, rng, (max(sum(lengths), 1), heads[1], head_dim), dtype) for _ in "kv")
         table, places, shape = self._paged(rng) if self.block_size else self._contiguous()
-        caches = [self._empty(xp, shape, heads[1], head_dim, dtype) for _ in "kv"]
+        layouts = ["tokens" if inner else self.layout for inner in tokens_inner]
+        caches = [_empty(xp, (*shape, heads[1], head_dim), dtype, layout) for layout in layouts]
         starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         for sequence, length in enumerate(lengths):
             rows = slice(int(starts[sequence]), int(starts[sequence]) + length)
@@ -65,13 +75,6 @@ class CacheCase:
         if self.padding is not None:
             extras["cache_leftpad"] = xp.asarray(np.array(self.padding, np.int32))
         return Cache(q, k, v, caches[0], caches[1], extras, {"cu_seqlens_q": extras["cu_seqlens_q"], "cu_seqlens_k": xp.asarray(starts)})
-
-    def _empty(self, xp: ModuleType, shape: tuple[int, int], heads: int, head_dim: int, dtype: Any) -> Any:
-        """NaN everywhere, (block, key, head, column) as a view of the layout's memory."""
-        order = LAYOUTS[self.layout]
-        extents = (*shape, heads, head_dim)
-        memory = xp.full(tuple(extents[axis] for axis in order), np.nan, np.float32).astype(dtype)
-        return memory.transpose(tuple(order.index(axis) for axis in range(4)))
 
     def _paged(self, rng: Any) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]], tuple[int, int]]:
         """The block table, where each key lies (blocks, rows), and (blocks, rows of a block)."""
@@ -94,12 +97,19 @@ class CacheCase:
     def _contiguous(self) -> tuple[np.ndarray | None, list[tuple[np.ndarray, np.ndarray]], tuple[int, int]]:
         padding = self.padding or (0,) * self.batch
         index = self.batch_index or tuple(range(self.batch))
-        rows = max(length + pad for (_, length), pad in zip(self.pairs, padding, strict=True)) + 5
+        rows = max(length + pad for (_, length), pad in zip(self.pairs, padding, strict=True)) // 8 * 8 + 16
         places = [
             (np.full(length, place), np.arange(length) + pad) for (_, length), pad, place in zip(self.pairs, padding, index, strict=True)
         ]
         table = None if self.batch_index is None else np.array(self.batch_index, np.int32)[:, None]
         return table, places, (max(index) + 2, rows)
+
+
+def _empty(xp: ModuleType, extents: tuple[int, ...], dtype: Any, layout: str) -> Any:
+    """NaN everywhere, (block, key, head, column) as a view of the layout's memory."""
+    order = LAYOUTS[layout]
+    memory = xp.full(tuple(extents[axis] for axis in order), np.nan, np.float32).astype(dtype)
+    return memory.transpose(tuple(order.index(axis) for axis in range(4)))
 
 
 @dataclass(frozen=True)
