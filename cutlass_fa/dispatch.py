@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -190,9 +190,11 @@ class DispatchTable:
         """Every key of the tables' architectures that `lookup` serves with gqa_ratio 1, in a fixed order."""
         for (family, direction), flags in BUILT_FLAGS.items():
             archs = ARCHS if family == "fa2" else ("sm_90a",)
+            presences: list[dict[str, Any]] = [dict(zip(flags, each, strict=True)) for each in product((False, True), repeat=len(flags))]
+            example = DispatchKey(family, direction, archs[0], *SEQUENCE_TILES_OF)  # what it may not have, none may
+            presences = [chosen for chosen in presences if not self.why_not(replace(example, **chosen))]
             for arch, dtype, head_dim in product(archs, DTYPES, CELL_HEAD_DIMS):
-                for present in product((False, True), repeat=len(flags)):
-                    chosen: dict[str, Any] = dict(zip(flags, present, strict=True))
+                for chosen in presences:
                     key = DispatchKey(family, direction, arch, dtype, head_dim, **chosen)
                     if not self.why_not(key):
                         yield key

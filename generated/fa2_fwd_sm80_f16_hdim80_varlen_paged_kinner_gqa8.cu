@@ -237,11 +237,10 @@ CUTLASS_FA_DEVICE void load_row(char* tile, Copier const& copier, Element const*
 constexpr int kWarpRowsPerPass = kWarpSize / kUnits;                     // of a key block, that a warp copies at a time
 constexpr int kWarpCopyRows = kTileN / kRowsPerPass * kWarpRowsPerPass;  // and in all
 static_assert(kWarpCopyRows <= kWarpSize, "each row of a block that a warp copies has a lane that looks up its page");
-constexpr int kKeyGroup = 8;                           // keys that a copy brings of one column: they follow each other in memory
-constexpr int kKeyChunks = kTileN / kChunkColumns;     // of a tile whose rows are columns of kTileN keys each
-static_assert(kTileN % kChunkColumns == 0, "a tile's rows are whole chunks");
-// K and V of the tile's key head in every page, and the stage that takes the next block of both; and where that block's keys lie: page is
-// as the block table has it, -1 where there is no key.
+constexpr int kKeyGroup = 8;                        // keys that a copy brings of one column: they follow each other in memory
+constexpr int kKeyChunks = kTileN / kChunkColumns;  // of a tile whose rows are columns of kTileN keys each
+// K and V of the tile's key head in every page; the stage that takes the next block of both, and the pages where its keys lie: numbers of the
+// block table, -1 where there is no key.
 struct KvSource {
   Element const* k;
   Element const* v;
@@ -252,11 +251,7 @@ struct KvSource {
 
 CUTLASS_FA_DEVICE KvSource make_kv_source(Params const& params, Tile const& tile) {
   int64_t const head = kv_head_of(params, tile);
-  KvSource source;
-  source.k = static_cast<Element const*>(params.k) + head * params.k_stride_head;
-  source.v = static_cast<Element const*>(params.v) + head * params.v_stride_head;
-  source.stage = 0;
-  return source;
+  return {static_cast<Element const*>(params.k) + head * params.k_stride_head, static_cast<Element const*>(params.v) + head * params.v_stride_head, 0};
 }
 
 // Looks up where a block's keys lie, before the block is copied: nobody waits for the table.
@@ -310,7 +305,6 @@ CUTLASS_FA_DEVICE void load_kv(KvSource& source, SharedStorage& shared, Params c
   load_key_groups<kAllKeys>(shared.k[source.stage], source, params, copier, n_block, source.k, params.k_stride_batch, params.k_stride_column);
   source.stage = stage_after(source.stage);
 }
-
 
 CUTLASS_FA_DEVICE void load_q(SharedStorage& shared, Params const& params, Tile const& tile, Copier const& copier) {
   Element const* const q = static_cast<Element const*>(params.q) + tile.batch * params.q_stride_batch + copier.column;

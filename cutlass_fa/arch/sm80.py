@@ -72,7 +72,7 @@ _PACKED = {
     96: Fa2FwdTile(4, 16, 64, 2, q_in_registers=True),
     128: Fa2FwdTile(4, 16, 64, 2, q_in_registers=True),
     192: Fa2FwdTile(4, 16, 32, 2),
-    256: Fa2FwdTile(4, 16, 64, 1),
+    256: Fa2FwdTile(4, 16, 32, 1),
 }
 _PACKED_SMALL = {
     64: Fa2FwdTile(4, 16, 64, 2, q_in_registers=True),
@@ -82,6 +82,20 @@ _PACKED_SMALL = {
     192: Fa2FwdTile(4, 16, 32, 1),
     256: Fa2FwdTile(4, 16, 32, 1),
 }
+# A cache's pages take registers of the whole tile, and its keys' columns may come 32 or 64 keys at a time. Not timed.
+_PAGED_ALIBI: dict[int, Fa2FwdTile] = {64: Fa2FwdTile(4, 32, 32, 2)}
+_PAGED_TILES: dict[int, Fa2FwdTile] = {
+    64: Fa2FwdTile(4, 32, 64, 2),
+    80: Fa2FwdTile(4, 32, 32, 2),
+    96: Fa2FwdTile(4, 32, 32, 2),
+    128: Fa2FwdTile(8, 16, 64, 1),
+    192: Fa2FwdTile(8, 16, 32, 1),
+    256: Fa2FwdTile(8, 16, 32, 1),
+}
+_TOKENS_INNER: dict[int, Fa2FwdTile] = {192: Fa2FwdTile(4, 16, 32, 1), 256: Fa2FwdTile(4, 16, 32, 1)}
+_PAGED_FIRST: _Rows = (("k_tokens_inner", _TOKENS_INNER), ("v_tokens_inner", _TOKENS_INNER), ("paged alibi", _PAGED_ALIBI))
+_PAGED: _Rows = (*_PAGED_FIRST, ("paged", _PAGED_TILES))
+_PAGED_SMALL: _Rows = (*_PAGED_FIRST, ("paged", {**_PAGED_TILES, 256: Fa2FwdTile(4, 16, 32, 1)}))
 _HOPPER_DROPOUT: _Rows = (
     ("dropout sliding_window", {64: Fa2FwdTile(4, 32, 32, 2)}),
     (
@@ -108,6 +122,7 @@ _HOPPER = _Table(
         }
     ),
     cramped=(
+        *_PAGED,
         *_HOPPER_DROPOUT,
         ("alibi sliding_window offset", {96: Fa2FwdTile(4, 32, 32, 2), 128: Fa2FwdTile(4, 32, 32, 2)}),
         ("alibi sliding_window", {128: Fa2FwdTile(4, 32, 32, 2)}),
@@ -119,6 +134,7 @@ _HOPPER = _Table(
 _BLACKWELL = _Table(  # tiles that spill where Hopper's do not
     tiles=_HOPPER.tiles | _both({128: Fa2FwdTile(4, 32, 48, 2)}),
     cramped=(
+        *_PAGED,
         *_HOPPER_DROPOUT,
         ("alibi sliding_window", {96: Fa2FwdTile(4, 32, 32, 2), 128: Fa2FwdTile(8, 16, 64, 1)}),
         ("alibi", {128: Fa2FwdTile(4, 32, 32, 2)}),
@@ -140,6 +156,7 @@ _AMPERE = _Table(
         }
     ),
     cramped=(
+        *_PAGED,
         (
             "dropout",
             {
@@ -164,7 +181,7 @@ _SMALL = _Table(  # 99 KiB of shared memory
             256: Fa2FwdTile(4, 16, 32, 1),
         }
     ),
-    cramped=(("dropout", {64: Fa2FwdTile(4, 32, 64, 2)}), ("alibi sliding_window", {64: Fa2FwdTile(4, 32, 64, 2)})),
+    cramped=(*_PAGED_SMALL, ("dropout", {64: Fa2FwdTile(4, 32, 64, 2)}), ("alibi sliding_window", {64: Fa2FwdTile(4, 32, 64, 2)})),
     packed=_PACKED_SMALL,
 )
 _TABLES: dict[str, _Table] = {

@@ -76,11 +76,8 @@ def pack_params(problem: Problem, cell: Fa2FwdCell, device: DeviceInfo) -> np.nd
     """The Params struct as a structured array of one element; addresses and the random state left 0."""
     request = problem.request
     arrays = {"q": problem.q, "k": problem.k, "v": problem.v, "o": problem.out}
-    strides = {
-        f"{name}_stride_{axis}": spec.strides[i]
-        for name, spec in arrays.items()
-        for i, axis in enumerate(("batch", "row", "head", "column"))
-    }
+    axes = ("batch", "row", "head", "column")
+    strides = {f"{name}_stride_{axis}": spec.strides[i] for name, spec in arrays.items() for i, axis in enumerate(axes)}
     return pack(
         cell,
         {
