@@ -237,7 +237,7 @@ def reference_options(
 ) -> dict[str, Any]:
     """What reference.py is told of a call's options and extra arrays."""
     arrays = dict(zip(EXTRA_NAMES, extras, strict=True))
-    options = {name: value for name, value in (named | arrays).items() if name not in _NOT_THE_REFERENCES}
+    options = {name: value for name, value in {**named, **arrays}.items() if name not in _NOT_THE_REFERENCES}
     if request.dropout_p > 0:
         sizes = (request.batch, request.num_heads_q, request.seqlen_q, request.seqlen_k)
         options["dropout_mask"] = dropout_mask(*random_state, request.dropout_p, *sizes)
