@@ -86,7 +86,7 @@ def check_per_head(name: str, spec: ArraySpec, num_heads_q: int) -> None:
     """Raises InvalidArgument, naming the array, unless it has one float32 for each query head."""
     if spec.shape != (num_heads_q,):
         raise InvalidArgument(f"{name} has shape {spec.shape}: expected ({num_heads_q},), a number a query head")
-    _check_numbers(name, spec, "float32")
+    check_numbers(name, spec, "float32")
 
 
 def _check_slopes(slopes: ArraySpec, batch: int, num_heads_q: int) -> None:
@@ -94,17 +94,18 @@ def _check_slopes(slopes: ArraySpec, batch: int, num_heads_q: int) -> None:
         raise InvalidArgument(
             f"alibi_slopes has shape {slopes.shape}: expected ({num_heads_q},) or ({batch}, {num_heads_q}), a slope a head"
         )
-    _check_numbers("alibi_slopes", slopes, "float32")
+    check_numbers("alibi_slopes", slopes, "float32")
 
 
 def _check_lengths(name: str, spec: ArraySpec, length: int) -> None:
     if spec.shape != (length,):
         meaning = "(batch + 1,)" if name.startswith("cu_seqlens") else "(batch,)"
         raise InvalidArgument(f"{name} has shape {spec.shape}: expected ({length},), {meaning} with the batch that cu_seqlens_q has")
-    _check_numbers(name, spec, "int32")
+    check_numbers(name, spec, "int32")
 
 
-def _check_numbers(name: str, spec: ArraySpec, dtype: str) -> None:
+def check_numbers(name: str, spec: ArraySpec, dtype: str) -> None:
+    """Raises InvalidArgument, naming the array, unless it has that dtype and a contiguous last dimension."""
     if spec.dtype != dtype:
         raise InvalidArgument(f"{name} has dtype {spec.dtype}: expected {dtype}; convert it with astype")
     if spec.shape[-1] > 1 and spec.strides[-1] != 1:
