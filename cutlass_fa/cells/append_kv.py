@@ -25,12 +25,12 @@ class AppendKvCell(Cell):
 
     @property
     def summary(self) -> str:
-        return f"a row at a time, {self.threads} threads, no shared memory"
+        return f"{self.tile_m} row, {self.threads} threads, no shared memory"
 
     @property
     def tile_m(self) -> int:
-        """0: it computes no tile."""
-        return 0
+        """A CTA's rows: one, of all heads."""
+        return 1
 
     @property
     def threads(self) -> int:
