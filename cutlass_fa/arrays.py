@@ -54,7 +54,7 @@ class ArrayLibrary(Protocol):
     def current_stream(self, device: int) -> int: ...
 
     def numbers(self, x: Any) -> list[Any]:
-        """A one-dimensional array's elements; waits for the GPU."""
+        """An array's elements, of two dimensions as a list of rows; waits for the GPU."""
         ...
 
 

@@ -23,8 +23,8 @@ class AppendArrays:
 
     q (batch, seqlen_q, num_heads_q, head_dim); k, v (batch, seqlen_new, num_heads_kv, head_dim), to be appended to k_cache, v_cache
     (num_blocks, block_size, num_heads_kv, head_dim), of a contiguous cache (batch_cache, seqlen_cache, ...). rotary_cos, rotary_sin
-    (seqlen_rotary, rotary_dim / 2). int32: cache_seqlens, cache_batch_idx, rotary_seqlens (batch,), block_table (batch, max_blocks),
-    cu_seqlens_q, cu_seqlens_k_new (batch + 1,).
+    (seqlen_rotary, rotary_dim / 2). int32: cache_seqlens, cache_batch_idx, rotary_seqlens, cache_leftpad (batch,), block_table (batch,
+    max_blocks), cu_seqlens_q, cu_seqlens_k_new (batch + 1,). Positions count the padding, so that appending does not look at it.
     """
 
     q: ArraySpec
@@ -40,10 +40,11 @@ class AppendArrays:
     cu_seqlens_q: ArraySpec | None = None
     cu_seqlens_k_new: ArraySpec | None = None
     rotary_seqlens: ArraySpec | None = None
+    cache_leftpad: ArraySpec | None = None
 
 
 APPEND_NAMES = tuple(field.name for field in fields(AppendArrays))
-_LENGTHS = ("cache_seqlens", "cache_batch_idx", "rotary_seqlens")
+_OF_SEQUENCES = ("cache_seqlens", "cache_batch_idx", "rotary_seqlens", "cache_leftpad")
 
 
 @dataclass(frozen=True)
@@ -90,10 +91,11 @@ class AppendProblem:
         arrays = _with_batch(specs)
         batch = _batch_of(arrays)
         _check_dtypes(arrays)
+        check_tables(*(spec is not None for spec in (arrays.block_table, arrays.cache_batch_idx, arrays.cache_leftpad)))
         cache = _check_caches(arrays, batch)
         _check_new_rows(arrays, batch)
         _check_rotary(arrays)
-        for name in _LENGTHS:
+        for name in _OF_SEQUENCES:
             _check_numbers(arrays, name, (batch,))
         for name in ("cu_seqlens_q", "cu_seqlens_k_new"):
             _check_numbers(arrays, name, (batch + 1,))
@@ -144,7 +146,7 @@ def _check_dtypes(arrays: AppendArrays) -> None:
 
 def _check_caches(arrays: AppendArrays, batch: int) -> KvCache:
     """What the caches are."""
-    k_cache, v_cache, table = arrays.k_cache, arrays.v_cache, arrays.block_table
+    k_cache, v_cache = arrays.k_cache, arrays.v_cache
     for name, spec in (("k_cache", k_cache), ("v_cache", v_cache)):
         if len(spec.shape) != 4:
             raise InvalidArgument(
@@ -155,19 +157,32 @@ def _check_caches(arrays: AppendArrays, batch: int) -> KvCache:
             raise PagedHeadDimMismatch(f"{name} has head_dim {spec.shape[3]} and q has {arrays.q.shape[3]}: they must be equal")
     if k_cache.shape != v_cache.shape:
         raise InvalidArgument(f"v_cache has shape {v_cache.shape} and k_cache has {k_cache.shape}: they must be equal")
+    cache = _kv_cache(arrays, batch)
     check_cache_strides("k_cache", k_cache)
     check_cache_strides("v_cache", v_cache)
-    num_blocks, block_size = k_cache.shape[:2]
+    return cache
+
+
+def _kv_cache(arrays: AppendArrays, batch: int) -> KvCache:
+    (num_blocks, block_size), table = arrays.k_cache.shape[:2], arrays.block_table
     if table is None:
-        if arrays.cache_batch_idx is None and k_cache.shape[0] < batch:
-            raise InvalidArgument(f"k_cache has {k_cache.shape[0]} rows for {batch} sequences: one each is needed, or cache_batch_idx")
+        if arrays.cache_batch_idx is None and num_blocks < batch:
+            raise InvalidArgument(f"k_cache has {num_blocks} rows for {batch} sequences: one each is needed, or cache_batch_idx")
         return ContiguousKvCache(num_blocks, block_size)
-    if arrays.cache_batch_idx is not None:
-        raise InvalidArgument("cache_batch_idx and block_table are both given: rows of a block table say where a sequence's blocks lie")
     if len(table.shape) != 2 or table.shape[0] != batch:
         raise InvalidArgument(f"block_table has shape {table.shape}: expected ({batch}, max_blocks), a row for each sequence")
     check_numbers("block_table", table, "int32")
     return PagedKvCache(num_blocks, block_size, table.shape[1])
+
+
+def check_tables(has_block_table: bool, has_batch_idx: bool, has_leftpad: bool) -> None:
+    """Raises InvalidArgument where a paged cache comes with what only a contiguous one has."""
+    if has_block_table and has_batch_idx:
+        raise InvalidArgument("cache_batch_idx and block_table are both given: rows of a block table say where a sequence's blocks lie")
+    if has_block_table and has_leftpad:
+        raise InvalidArgument(
+            "cache_leftpad and block_table are both given: a paged cache needs no padding; begin each sequence with its first block"
+        )
 
 
 def check_cache_strides(name: str, spec: ArraySpec) -> None:
