@@ -4,6 +4,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include <cutlass_fa/atomic.cuh>
 #include <cutlass_fa/base.cuh>
+#include <cutlass_fa/biased_softmax.cuh>
 #include <cutlass_fa/math.cuh>
 #include <cutlass_fa/mbarrier.cuh>
 #include <cutlass_fa/named_barrier.cuh>
@@ -166,19 +167,9 @@ CUTLASS_FA_DEVICE float bias_slope(Params const& params, int batch, int head) {
 // Of a key `column` columns after one that is `distance` before the position. Keys that are seen are not after it: no absolute value is needed.
 CUTLASS_FA_DEVICE float bias_of(float slope, float distance, int column) { return slope * distance - slope * static_cast<float>(column); }
 
-// acc_s <- acc_s - bias, before the mask. distance: from this thread's first column to the position of its first row. Its second row is eight
-// below, and as far from the columns that are eight further on.
-CUTLASS_FA_DEVICE void subtract_bias(float (&acc_s)[kTileN / 2], float slope, int distance) {
-  float const first = static_cast<float>(distance);
-#pragma unroll
-  for (int j = -1; j < kTileN / 8; ++j) {
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      float const bias = bias_of(slope, first, 8 * j + c);
-      if (j >= 0) { acc_s[4 * j + c] -= bias; }
-      if (j + 1 < kTileN / 8) { acc_s[4 * (j + 1) + 2 + c] -= bias; }
-    }
-  }
+// Tells the softmax of a block's bias, which is linear in the key. distance: from this thread's first column to the position of its first row.
+CUTLASS_FA_DEVICE void set_bias(LinearBias& bias, float (&)[kTileN / 2], Params const&, float slope, int distance) {
+  bias.first = -bias_of(slope, static_cast<float>(distance), 0);
 }
 
 // kTileN keys of K or V.
@@ -339,11 +330,11 @@ CUTLASS_FA_DEVICE void attend(Consumer& self, SharedStorage& shared, Params cons
     apply_mask(acc_s, limit);
   };
 
-  int const row = self.row_in_tile;
-  float const slope = bias_slope(params, tile.batch, tile.head);
-  auto subtract_block_bias = [&](float(&acc_s)[kTileN / 2], int n_block) {
-    int const key = n_block * kTileN + thread_index() % 4 * 2;
-    subtract_bias(acc_s, slope, position_of(params, query_of(tile, row)) - key);
+  float const slope = bias_slope(params, tile.batch, tile.head) * params.softmax_scale_log2;  // in exponents of 2
+  int const position = position_of(params, query_of(tile, self.row_in_tile)) - thread_index() % 4 * 2;  // counted from a block's first column
+  LinearBias bias = linear_bias(slope);
+  auto add_bias = [&](float(&acc_s)[kTileN / 2], int n_block) {
+    set_bias(bias, acc_s, params, slope, position - n_block * kTileN);
   };
 
   {
@@ -355,9 +346,9 @@ CUTLASS_FA_DEVICE void attend(Consumer& self, SharedStorage& shared, Params cons
     wgmma_wait<0>();
     pin_registers(acc_s);
     release(self, shared.k_empty, self.k_pipe);
-    subtract_block_bias(acc_s, n_block);
+    add_bias(acc_s, n_block);
     mask_block(acc_s, n_block);
-    online_softmax<Element>(acc_s, rows, p, rescale, params.softmax_scale_log2, true);
+    online_softmax<Element>(acc_s, rows, bias, p, rescale, params.softmax_scale_log2, true);
   }
 
   // S of the next block, and P V of the block before: S is there at the end, P V still reads old_p and writes acc_o.
@@ -385,9 +376,9 @@ CUTLASS_FA_DEVICE void attend(Consumer& self, SharedStorage& shared, Params cons
     float acc_s[kTileN / 2];
     start_products(acc_s, p);
     finish_pv(p);
-    subtract_block_bias(acc_s, block);
+    add_bias(acc_s, block);
     if (block >= unmasked_end) { mask_block(acc_s, block); }
-    if (online_softmax<Element>(acc_s, rows, p, rescale, params.softmax_scale_log2)) { rescale_rows(acc_o, rescale); }
+    if (online_softmax<Element>(acc_s, rows, bias, p, rescale, params.softmax_scale_log2)) { rescale_rows(acc_o, rescale); }
   };
 #pragma unroll 1
   for (; n_block >= unmasked_end; --n_block) { step(n_block); }
@@ -395,8 +386,8 @@ CUTLASS_FA_DEVICE void attend(Consumer& self, SharedStorage& shared, Params cons
   auto overlapped_step = [&](uint32_t(&old_p)[kTileN / 4], uint32_t(&new_p)[kTileN / 4]) {
     float acc_s[kTileN / 2];
     start_products(acc_s, old_p);
-    subtract_block_bias(acc_s, n_block);
-    bool const moved = online_softmax<Element>(acc_s, rows, new_p, rescale, params.softmax_scale_log2);
+    add_bias(acc_s, n_block);
+    bool const moved = online_softmax<Element>(acc_s, rows, bias, new_p, rescale, params.softmax_scale_log2);
     finish_pv(old_p);
     if (moved) { rescale_rows(acc_o, rescale); }
     pin_registers(new_p);

@@ -414,7 +414,7 @@ CUTLASS_FA_DEVICE void attend(Consumer& self, SharedStorage& shared, Params cons
 
   int const row = self.row_in_tile;
   float const slope[2] = {bias_slope(params, tile.batch, head_of(tile, row)), bias_slope(params, tile.batch, head_of(tile, row + 8))};
-  auto subtract_block_bias = [&](float(&acc_s)[kTileN / 2], int n_block) {
+  auto add_bias = [&](float(&acc_s)[kTileN / 2], int n_block) {
     int const key = blocks.at(n_block) * kTileN + thread_index() % 4 * 2;
     subtract_bias(acc_s, slope, {position_of(params, query_of(tile, row)) - key, position_of(params, query_of(tile, row + 8)) - key});
   };
@@ -428,7 +428,7 @@ CUTLASS_FA_DEVICE void attend(Consumer& self, SharedStorage& shared, Params cons
     wgmma_wait<0>();
     pin_registers(acc_s);
     release(self, shared.k_empty, self.k_pipe);
-    subtract_block_bias(acc_s, n_block);
+    add_bias(acc_s, n_block);
     mask_block(acc_s, n_block);
     online_softmax<Element>(acc_s, rows, p, rescale, params.softmax_scale_log2, true);
   }
@@ -458,7 +458,7 @@ CUTLASS_FA_DEVICE void attend(Consumer& self, SharedStorage& shared, Params cons
     float acc_s[kTileN / 2];
     start_products(acc_s, p);
     finish_pv(p);
-    subtract_block_bias(acc_s, block);
+    add_bias(acc_s, block);
     if (block >= unmasked_end) { mask_block(acc_s, block); }
     if (online_softmax<Element>(acc_s, rows, p, rescale, params.softmax_scale_log2)) { rescale_rows(acc_o, rescale); }
   };

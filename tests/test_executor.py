@@ -221,6 +221,31 @@ def test_learnable_sinks_with_everything_else(build: Build, key: str) -> None:
         run(Cell.of(parsed), build(parsed), Case((50, 200), batch=2, groups=2, ratio=2), seed)
 
 
+LINEAR_BIASES = (
+    "fa3_fwd_sm90a_f16_hdim64_causal_alibi",
+    "fa3_fwd_sm90a_bf16_hdim64_alibi",
+    "fa3_fwd_sm90a_f16_hdim128_alibi_softcap",
+    "fa3_fwd_sm90a_bf16_hdim128_window_alibi_sink",
+)
+
+
+@pytest.mark.parametrize("sharpness", [1, 8, 60])
+@pytest.mark.parametrize("key", LINEAR_BIASES)
+def test_rows_that_share_an_origin_and_rows_that_cannot(build: Build, key: str, sharpness: int) -> None:
+    """The two rows of a thread have one term for the bias of a column where their scores are near each other (biased_softmax.cuh). Sharp
+    scores keep them apart; keys lie before and after the positions, and slopes are steep, gentle, zero and less than zero."""
+    parsed = DispatchKey.parse(key)
+    cell = Cell.of(parsed)
+    q, k, v = Case((330, 500), ratio=5, sharpness=sharpness).arrays(cell, seed=11)
+    options: dict[str, Any] = {"alibi_slopes": np.array([2.5, 0.3, 0.01, 0.0, -0.04], np.float32)}
+    options |= {"window_size": (150, 90)} if cell.has_window else {}
+    options |= {"sink_tokens": 3} if cell.has_sink else {}
+    options |= {"softcap": 15.0} if cell.has_softcap else {}
+    for seed in SEEDS[:2]:
+        result = run_forward(cell, q, k, v, seed=seed, program=build(parsed), **options)
+        check_forward(result.out, result.lse, q, k, v, case=f"{key} sharpness {sharpness}", causal=parsed.causal, **options)
+
+
 @pytest.mark.parametrize("ratio", [3, 5])
 def test_packed_heads_that_do_not_fill_a_tile(build: Build, ratio: int) -> None:
     key = DispatchKey.parse(f"fa3_fwd_sm90a_bf16_hdim64_causal_gqa{ratio}")

@@ -207,6 +207,21 @@ class Fa3FwdCell(SwizzledCell):
         """Whether some blocks are taken with P V first: where there is no overlap, and the few masked ones, whose code is then smaller."""
         return self.has_masked_steps or not self.has_own_overlap
 
+    @property
+    def has_linear_bias(self) -> bool:
+        """Whether the softmax adds ALiBi's bias: the two rows of a thread have one slope, as they have not where heads are packed."""
+        return self.has_alibi and not self.is_packed
+
+    @property
+    def has_row_bias(self) -> bool:
+        """Whether each row has a slope of its own."""
+        return self.has_alibi and self.is_packed
+
+    @property
+    def bias_argument(self) -> str:
+        """What the softmax is told of a bias."""
+        return "bias, " if self.has_linear_bias else ""
+
     # ---- Params ------------------------------------------------------------------------------------------------------------------
 
     @property
