@@ -70,6 +70,15 @@ class Fa3FwdCell(SwizzledCell):
         return "num_heads_kv" if self.is_packed else "num_heads_q"
 
     @property
+    def tile_begin(self) -> str:
+        """The first query of a causal cell's tile, row_of_tiles before the last."""
+        return "params.seqlen_q - (row_of_tiles + 1) * kQueriesPerTile"
+
+    @property
+    def tiles_words(self) -> str:
+        return "The last tile ends with the last query."
+
+    @property
     def q_map_dimensions(self) -> str:
         return "num_heads_kv, seqlen_q, kGqaRatio" if self.is_packed else "num_heads_q, seqlen_q"
 
@@ -188,6 +197,12 @@ class Fa3FwdCell(SwizzledCell):
         return 64 * self.swizzle_bytes
 
     # ---- named booleans ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def has_tiles_from_end(self) -> bool:
+        """Whether tiles are counted from the last query back: under a causal mask the tile that is not full is then the one that sees
+        the fewest keys. Of packed sequences tiles begin at query 0, as the list of tiles has them."""
+        return self.is_causal and not self.is_varlen
 
     @property
     def has_dynamic_scheduler(self) -> bool:
