@@ -191,17 +191,16 @@ def bits(x: np.ndarray) -> np.ndarray:
 
 
 def moved(xp: ModuleType, arrays: dict[str, Any]) -> dict[str, Any]:
-    """The same arrays, strides and all, in another array module."""
-    if xp is np:
-        return arrays
+    """The same arrays, strides and what lies between their rows too, in another array module."""
     found = {}
     for name, array in arrays.items():
-        base = array
-        while isinstance(base.base, np.ndarray) and base.base.dtype == array.dtype:
-            base = base.base
-        memory = xp.asarray(base)
-        offset = array.ctypes.data - base.ctypes.data
-        found[name] = xp.ndarray(array.shape, array.dtype, memory.data + offset, strides=array.strides)
+        owner = array
+        while isinstance(owner.base, np.ndarray):
+            owner = owner.base
+        assert owner.flags.c_contiguous
+        memory = xp.asarray(np.frombuffer(owner.tobytes(), np.uint8))
+        begin = array.ctypes.data - owner.ctypes.data
+        found[name] = xp.ndarray(array.shape, array.dtype, memory.data + begin, strides=array.strides)
     return found
 
 
