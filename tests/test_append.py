@@ -267,6 +267,8 @@ def test_a_run_writes_every_address_where_the_kernel_reads_it(case: AppendCase, 
     fields = {field.name for field in cell.params if field.is_address}
     assert stream == 5 and params["num_cached"] == 17
     assert {name: int(params[name][0]) for name in fields} == {name: address.get(name, 0) for name in fields}
+    rows = [name for name in given if arrays[name].dtype != np.int32]
+    assert given[: plan.num_row_arrays] == rows
     assert set(arrays) - set(given) == (set() if problem.has_rotary else {"q"}), "q is read where it is turned"
     assert params["batch"] == problem.batch, "numbers stay as they were packed"
 
