@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .api_varlen import flash_attn_varlen_backward, flash_attn_varlen_func
     from .dispatch import DISPATCH_TABLE, DispatchKey
     from .errors import FlashAttnError
+    from .kv_cache import ContiguousKvCache, PagedKvCache
     from .merge import merge_attention_states
     from .requests import (
         Causal,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
         Full,
         Grid,
         MaskKind,
+        PagedAttentionRequest,
         Persistent,
         PersistentMode,
         PositionBias,
@@ -46,6 +48,7 @@ _IMPORTED_NS = time.time_ns()  # before any module of the package: what is young
 __all__ = [
     "DISPATCH_TABLE",
     "Causal",
+    "ContiguousKvCache",
     "CumulativeSeqlens",
     "DispatchKey",
     "Fa2BwdRequest",
@@ -55,6 +58,8 @@ __all__ = [
     "Full",
     "Grid",
     "MaskKind",
+    "PagedAttentionRequest",
+    "PagedKvCache",
     "Persistent",
     "PersistentMode",
     "PositionBias",
@@ -79,7 +84,9 @@ _MODULES = {
     "flash_attn_with_kvcache": "api_kvcache",
     "DISPATCH_TABLE": "dispatch",
     "DispatchKey": "dispatch",
+    "ContiguousKvCache": "kv_cache",
     "FlashAttnError": "errors",
+    "PagedKvCache": "kv_cache",
     "merge_attention_states": "merge",
     "no_compile": "settings",
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from . import kernels
@@ -81,8 +81,8 @@ def flash_attn_func(
     for bad input, UnsupportedCell for a combination without a kernel, MockMode where there is no GPU, CompileError, CompileDisabled.
     """
     masks = mask_options(causal, window_size, sink_tokens, q_offset, k_offset)
-    options = (softmax_scale, *masks, persistent, softcap, dropout_p, is_float32(out_dtype), family, None, None)
-    extras = (alibi_slopes, learnable_sink, None, None, None, None)
+    options = (softmax_scale, *masks, persistent, softcap, dropout_p, is_float32(out_dtype), family, None, None, False)
+    extras = (alibi_slopes, learnable_sink, None, None, None, None, None, None)
     return forward(q, k, v, out, return_lse, options, extras, (dropout_seed, dropout_offset), backend)
 
 
@@ -96,8 +96,10 @@ def forward(
     extras: tuple[Any, ...],
     random_state: tuple[int, int],
     backend: str,
+    before: Callable[[], None] | None = None,
 ) -> Any:
-    """A forward call, whatever its arrays look like. options: in the order of OPTION_NAMES; extras: in that of EXTRA_NAMES."""
+    """A forward call, whatever its arrays look like. options: in the order of OPTION_NAMES; extras: in that of EXTRA_NAMES. before:
+    launches what comes first, and is called when nothing can be refused any more."""
     dropout_p, float_out = options[8:10]
     if dropout_p:
         check_random_state(random_state)
@@ -124,6 +126,8 @@ def forward(
         workspace = library.empty((plan.workspace_floats,), "f32", device)
         library.retain((workspace,), stream)
         (workspace_pointer,) = library.pointers((workspace,))
+    if before is not None:
+        before()
     plan.run(pointers[:3], pointers[3], lse_pointer, stream, random_state, extra_pointers, workspace_pointer)
     return (out, lse) if return_lse else out
 
@@ -141,7 +145,7 @@ _Options = tuple[Any, ...]
 MASK_NAMES = ("causal", "window_size", "sink_tokens", "q_offset", "k_offset")
 OPTION_NAMES = (
     *("softmax_scale", *MASK_NAMES, "persistent", "softcap", "dropout_p", "float_out", "family"),
-    *("max_seqlen_q", "max_seqlen_k"),
+    *("max_seqlen_q", "max_seqlen_k", "cached"),
 )
 
 _plans: dict[tuple[Any, ...], ForwardPlan] = {}
@@ -226,16 +230,18 @@ def reference_library(q: Any) -> ArrayLibrary:
     return library
 
 
-_NOT_THE_REFERENCES = ("persistent", "float_out", "family", "deterministic", "recompute", "max_seqlen_q", "max_seqlen_k")
+_NOT_THE_REFERENCES = (
+    *("persistent", "float_out", "family", "deterministic", "recompute", "max_seqlen_q", "max_seqlen_k"),
+    *("cached", "block_table", "cache_leftpad"),
+)
 
 
 def reference_options(
     named: Mapping[str, Any], extras: tuple[Any, ...], request: AttentionRequest, random_state: tuple[int, int]
 ) -> dict[str, Any]:
     """What reference.py is told of a call's options and extra arrays."""
-    options = {name: value for name, value in named.items() if name not in _NOT_THE_REFERENCES} | dict(
-        zip(EXTRA_NAMES, extras, strict=True)
-    )
+    arrays = dict(zip(EXTRA_NAMES, extras, strict=True))
+    options = {name: value for name, value in {**named, **arrays}.items() if name not in _NOT_THE_REFERENCES}
     if request.dropout_p > 0:
         sizes = (request.batch, request.num_heads_q, request.seqlen_q, request.seqlen_k)
         options["dropout_mask"] = dropout_mask(*random_state, request.dropout_p, *sizes)

@@ -88,7 +88,7 @@ def flash_attn_backward(
     """
     masks = mask_options(causal, window_size, sink_tokens, q_offset, k_offset)
     options = (softmax_scale, *masks, softcap, dropout_p, deterministic, recompute, None, None)
-    extras = (alibi_slopes, learnable_sink, None, None, None, None)
+    extras = (alibi_slopes, learnable_sink, None, None, None, None, None, None)
     arrays = (q, k, v, out, dout, lse, dlse, dq, dk, dv, dlearnable_sink)
     return backward(arrays, options, extras, (dropout_seed, dropout_offset), backend)
 

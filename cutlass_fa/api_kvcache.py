@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
 from . import kernels
-from .api import BACKENDS, OPTION_NAMES, extra_signatures, is_float32, mask_of, mask_options, reference_library
+from .api import BACKENDS, OPTION_NAMES, extra_signatures, forward, is_float32, mask_of, mask_options, reference_library
 from .arrays import ArrayLibrary, check_one_library, library_of, not_on_gpu
 from .check_kvcache import check_cache_numbers
 from .device import check_current_device, device_info
-from .dispatch import DISPATCH_TABLE, DispatchKey, cell_head_dim, family_of
-from .errors import InvalidArgument, UnsupportedCell
+from .errors import InvalidArgument
 from .extras import ExtraSpecs
 from .launches.append_kv import AppendPlan
 from .problem import ALIGNMENT_BYTES, check_out
@@ -104,7 +103,7 @@ def flash_attn_with_kvcache(
     _check_arguments(cache_seqlens, k, cache_leftpad, num_splits)
     masks = mask_options(causal, window_size, sink_tokens, None, None)
     turns = (bool(rotary_interleaved), bool(causal or masks[1] != (-1, -1)))  # queries turn as the mask has them stand
-    options = (softmax_scale, *masks, None, softcap, 0.0, is_float32(out_dtype), family, max_seqlen_q, None)
+    options = (softmax_scale, *masks, None, softcap, 0.0, is_float32(out_dtype), family, max_seqlen_q, None, True)
     extras = (alibi_slopes, learnable_sink)
     if backend == "reference":
         return _reference(arrays, num_cached if is_number else None, turns, options, extras, out, return_softmax_lse, check)
@@ -132,19 +131,20 @@ def paged_forward(
     return_lse: bool,
     num_splits: int,
     before: Callable[[], None] | None,
-) -> NoReturn:
-    """Attention over caches. Raises UnsupportedCell: it has no kernel yet.
+) -> Any:
+    """Attention over caches.
 
     q: as the caller has it, or turned. caches: k_cache, v_cache. tables: lengths (batch,) or None for whole caches, block_table,
     cache_batch_idx, cache_leftpad, cu_seqlens_q, each an array or None. options, extras: as api.forward has them. before: launches what
     comes first, to be called when nothing can be refused any more."""
-    call, spec = dict(zip(OPTION_NAMES, options, strict=True)), library_of(type(q)).spec(q)
-    arch, mask = device_info(spec.device).arch, mask_of(call["window_size"], call["causal"])
-    head_dim = cell_head_dim(spec.shape[-1]) or spec.shape[-1]
-    family = call["family"] or family_of(arch, "fwd")
-    flags: dict[str, Any] = {"causal": mask.causal, "sliding_window": mask.is_sliding, "varlen": True, "paged": True}
-    key = DispatchKey(family, "fwd", arch, spec.dtype, head_dim, **flags)
-    raise UnsupportedCell(str(key), DISPATCH_TABLE.why_not(key))
+    lengths, block_table, cache_batch_idx, cache_leftpad, cu_seqlens_q = tables
+    pages = cache_batch_idx if block_table is None else block_table
+    arrays = (*extras, cu_seqlens_q, None, None, lengths, pages, cache_leftpad)
+    found = forward(q, *caches, out, return_lse, options, arrays, (0, 0), "cuda", before)
+    if not return_lse or cu_seqlens_q is not None:
+        return found
+    out, lse = found
+    return out, lse.reshape((lse.shape[0], q.shape[0], q.shape[1])).swapaxes(0, 1)
 
 
 # ---- before attention ----------------------------------------------------------------------------------------------------------------

@@ -59,10 +59,10 @@ def flash_attn_varlen_func(
     included, get out 0 and lse -inf. Raises what flash_attn_func raises, and with check InvalidArgument and SeqlenOverflow for the numbers.
     """
     masks = mask_options(causal, window_size, sink_tokens, q_offset, k_offset)
-    options = (softmax_scale, *masks, persistent, softcap, dropout_p, is_float32(out_dtype), family, max_seqlen_q, max_seqlen_k)
+    options = (softmax_scale, *masks, persistent, softcap, dropout_p, is_float32(out_dtype), family, max_seqlen_q, max_seqlen_k, False)
     _check_side("q", cu_seqlens_q, seqused_q, max_seqlen_q, q, check)
     _check_side("k", cu_seqlens_k, seqused_k, max_seqlen_k, k, check)
-    extras = (alibi_slopes, learnable_sink, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    extras = (alibi_slopes, learnable_sink, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, None, None)
     return forward(q, k, v, out, return_lse, options, extras, (dropout_seed, dropout_offset), backend)
 
 
@@ -114,7 +114,7 @@ def flash_attn_varlen_backward(
     options = (softmax_scale, *masks, softcap, dropout_p, deterministic, recompute, max_seqlen_q, max_seqlen_k)
     _check_side("q", cu_seqlens_q, seqused_q, max_seqlen_q, q, check)
     _check_side("k", cu_seqlens_k, seqused_k, max_seqlen_k, k, check)
-    extras = (alibi_slopes, learnable_sink, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    extras = (alibi_slopes, learnable_sink, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, None, None)
     arrays = (q, k, v, out, dout, lse, dlse, dq, dk, dv, dlearnable_sink)
     return backward(arrays, options, extras, (dropout_seed, dropout_offset), backend)
 

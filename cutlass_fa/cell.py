@@ -117,6 +117,10 @@ class Cell(ABC):
         return self.key.varlen
 
     @property
+    def is_paged(self) -> bool:
+        return self.key.paged
+
+    @property
     def has_batch(self) -> bool:
         """Whether arrays have a batch dimension: sequences are equally long."""
         return not self.is_varlen
@@ -155,6 +159,13 @@ class Cell(ABC):
     def minus_position_shift(self) -> str:
         """What follows a position, which gives the query's index."""
         return "- params.position_shift" if self.has_offset else "- params.seqlen_k + params.seqlen_q"
+
+    @property
+    def keys_of_block(self) -> str:
+        """Where the keys of a listed block's sequence lie, and how many there are."""
+        if self.is_paged:
+            return "cached_keys(params, block.sequence)"
+        return "sequence_of(params.cu_seqlens_k, params.seqused_k, params.batch, params.total_k, block.sequence)"
 
     @property
     def has_whole_range(self) -> bool:

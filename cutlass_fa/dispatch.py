@@ -200,7 +200,7 @@ _MASKS = ("causal", "varlen", "sliding_window", "alibi", "sink")
 # What has a template: (family, direction) -> the presence flags that it knows.
 BUILT_FLAGS: dict[tuple[str, str], tuple[str, ...]] = {
     ("fa2", "fwd"): (*_MASKS, "learnable_sink", "position_offset", "softcap", "dropout", "float_out"),
-    ("fa3", "fwd"): (*_MASKS, "learnable_sink", "position_offset", "softcap", "float_out"),
+    ("fa3", "fwd"): (*_MASKS, "learnable_sink", "paged", "position_offset", "softcap", "float_out"),
     ("fa2", "bwd"): (*_MASKS, "position_offset", "softcap", "dropout", "deterministic", "split"),
     ("fa2", "bwd_preprocess"): ("varlen", "learnable_sink"),
     ("fa2", "bwd_convert"): ("varlen", "split"),
@@ -228,6 +228,8 @@ def _semantic_reasons(key: DispatchKey) -> list[str]:
         (not fp8 and key.v_dtype != key.dtype, f"q/k {key.dtype} with v {key.v_dtype}: 16-bit types must agree"),
         (key.sink and not key.sliding_window, "sink tokens need a sliding window: without one every query sees the first keys anyway"),
         (key.paged and backward, "a paged cache has no backward"),
+        (key.paged and not key.varlen, "the sequences of a cache are of different lengths: paged needs varlen"),
+        (key.paged and key.dropout, "dropout is of training, and a cache of inference"),
         (
             key.position_offset and not (key.causal or key.sliding_window or key.alibi),
             "offsets move a causal mask, a window or ALiBi; without one of them no score depends on positions",
@@ -315,6 +317,7 @@ DISPATCH_TABLE = DispatchTable(
         ),
         _fa3_fwd("bf16", 128, causal=True, alibi=True, position_offset=True, float_out=True),
         _fa3_fwd("bf16", 64, causal=True, sliding_window=True, learnable_sink=True),
+        _fa3_fwd("bf16", 128, causal=True, varlen=True, paged=True, gqa_ratio=4),
         _fa2_fwd("sm_80", "bf16", 128),
         _fa2_fwd("sm_80", "bf16", 128, causal=True),
         _fa2_fwd("sm_80", "f16", 128, causal=True),

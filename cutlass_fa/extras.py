@@ -18,7 +18,8 @@ from .params import ParamField
 @dataclass(frozen=True)
 class ExtraSpecs:
     """alibi_slopes: float32 (num_heads_q,) or (batch, num_heads_q). learnable_sink: float32 (num_heads_q,). cu_seqlens_q, cu_seqlens_k:
-    int32 (batch + 1,) of packed sequences; seqused_q, seqused_k: int32 (batch,)."""
+    int32 (batch + 1,) of packed sequences; seqused_q, seqused_k: int32 (batch,). Of a KV cache, whose keys have no cu_seqlens_k:
+    block_table: int32 (batch, max_blocks), of a contiguous cache (batch,), the row of each sequence; cache_leftpad: int32 (batch,)."""
 
     alibi_slopes: ArraySpec | None = None
     learnable_sink: ArraySpec | None = None
@@ -26,6 +27,8 @@ class ExtraSpecs:
     cu_seqlens_k: ArraySpec | None = None
     seqused_q: ArraySpec | None = None
     seqused_k: ArraySpec | None = None
+    block_table: ArraySpec | None = None
+    cache_leftpad: ArraySpec | None = None
 
     @property
     def is_packed(self) -> bool:
@@ -50,16 +53,36 @@ class ExtraSpecs:
         """extras: arrays or None in the order of EXTRA_NAMES."""
         return cls(*(None if array is None else library.spec(array) for array in extras))
 
+    def num_cached_sequences(self, default: int) -> int:
+        """Of a KV cache; `default` where no array says it. Raises InvalidArgument for cu_seqlens_k, EmptyBatch where there are none."""
+        if self.cu_seqlens_k is not None:
+            raise InvalidArgument("the keys of a cache have lengths (seqused_k), one for each sequence, and no cu_seqlens_k")
+        if self.cu_seqlens_q is not None:
+            return self.num_sequences
+        spec = self.seqused_k or self.block_table
+        batch = default if spec is None else (spec.shape or (0,))[0]
+        if batch < 1:
+            raise EmptyBatch("at least one sequence is needed: an array that has a number for each is empty")
+        return batch
+
     def check(self, q: ArraySpec, batch: int) -> None:
         """Raises InvalidArgument, naming the array, where one is not what it should be, or not where q (..., num_heads_q, head_dim) is."""
         if self.alibi_slopes is not None:
             _check_slopes(self.alibi_slopes, batch, q.shape[-2])
         if self.learnable_sink is not None:
             check_per_head("learnable_sink", self.learnable_sink, q.shape[-2])
-        for name, length in (("cu_seqlens_q", batch + 1), ("cu_seqlens_k", batch + 1), ("seqused_q", batch), ("seqused_k", batch)):
+        for name, length in (
+            ("cu_seqlens_q", batch + 1),
+            ("cu_seqlens_k", batch + 1),
+            ("seqused_q", batch),
+            ("seqused_k", batch),
+            ("cache_leftpad", batch),
+        ):
             spec = getattr(self, name)
             if spec is not None:
                 _check_lengths(name, spec, length)
+        if self.block_table is not None:
+            _check_table(self.block_table, batch)
         for field in fields(self):
             spec = getattr(self, field.name)
             if spec is not None:
@@ -102,6 +125,12 @@ def _check_lengths(name: str, spec: ArraySpec, length: int) -> None:
         meaning = "(batch + 1,)" if name.startswith("cu_seqlens") else "(batch,)"
         raise InvalidArgument(f"{name} has shape {spec.shape}: expected ({length},), {meaning} with the batch that cu_seqlens_q has")
     check_numbers(name, spec, "int32")
+
+
+def _check_table(table: ArraySpec, batch: int) -> None:
+    if len(table.shape) not in (1, 2) or table.shape[0] != batch:
+        raise InvalidArgument(f"block_table has shape {table.shape}: expected ({batch}, max_blocks), a row of blocks a sequence")
+    check_numbers("block_table", table, "int32")
 
 
 def check_numbers(name: str, spec: ArraySpec, dtype: str) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, Protocol
 
@@ -123,6 +124,15 @@ def heads_per_section(k: ArraySpec, work_heads: int, device: DeviceInfo) -> int:
     group = work_heads // num_heads_kv
     kv_bytes = 2 * seqlen_k * head_dim * 2
     return min(batch * work_heads, max(1, device.l2_bytes * 2 // 3 // kv_bytes) * group)
+
+
+def keys_in_memory(problem: Problem) -> ArraySpec:
+    """k as heads_per_section takes it: of a KV cache all keys as one sequence, since nobody knows here how many are in use."""
+    if problem.request.kv_cache is None:
+        return problem.k
+    num_blocks, block_size, num_heads_kv, head_dim = problem.k.shape
+    keys = min(num_blocks * block_size, problem.request.rows_k)
+    return replace(problem.k, shape=(1, keys, num_heads_kv, head_dim))
 
 
 def grid_size(mode: PersistentMode, num_tiles: int, device: DeviceInfo) -> int:

@@ -63,6 +63,25 @@ SEQUENCES = (
     ParamField("seqused_q", "int*", "(batch,) rows of each sequence that are used, or null: all"),
     ParamField("seqused_k", "int*", "(batch,) of k and v"),
 )
+CACHED_SEQUENCES = (
+    ParamField("cu_seqlens_q", "int*", "(batch + 1,) first rows of the sequences in q, and their end, or null: equally many each"),
+    ParamField("seqused_q", "int*", "(batch,) rows of each sequence that are used, or null: all"),
+    ParamField("seqused_k", "int*", "(batch,) keys of each sequence, its padding included, or null: as many as there is room for"),
+    ParamField("block_table", "int*", "(batch, max_pages) pages of each sequence in order, or null: page b is sequence b's only one"),
+    ParamField("cache_leftpad", "int*", "(batch,) keys before a sequence's first that are padding, or null: none"),
+)
+BLOCK_TABLE_STRIDE = ParamField("block_table_stride", "int64_t", "elements")
+_PAGES = (
+    ParamField("num_pages", "int", "pages of the paged cache, of page_size keys each"),
+    ParamField("page_size", "int", "keys of a page"),
+)
+_PAGE_BOXES = (
+    ParamField("rows_of_box", "int", "keys that one copy brings: they lie in one page"),
+    ParamField("k_page_step", "int", "from one page to the next in the map of k, in its units of rows"),
+    ParamField("k_row_step", "int", "from one key to the next"),
+    ParamField("v_page_step", "int", "the same of v"),
+    ParamField("v_row_step", "int", "the same of v"),
+)
 KEY_BLOCK_LIST = ParamField("tile_list", "int*", "every sequence's blocks of keys, heaviest first (sequences.cuh)")
 _TILE_LIST = ParamField("tile_list", "int*", "every sequence's query blocks, heaviest first (sequences.cuh)")
 _PACKED_SIZES = (
@@ -127,8 +146,9 @@ def fa3_fwd_params(key: DispatchKey, dynamic_scheduler: bool) -> tuple[ParamFiel
     """The fields of an fa3 forward cell, widest first so that no compiler pads between them."""
     heads = _NUM_HEADS_KV if key.gqa_ratio > 1 else _HEADS_PER_KV_HEAD
     pointers = (*_outputs(key), *(_TILE_COUNTER,) * dynamic_scheduler, *_extra_addresses(key))
-    wide = (*pointers, *strides("o")) + (ALIBI_STRIDE,) * key.alibi
-    return (*wide, *(_PACKED_SIZES if key.varlen else _FORWARD_SIZES), *scale_params(key), heads, *_forward_features(key))
+    wide = (*pointers, *strides("o")) + (ALIBI_STRIDE,) * key.alibi + (BLOCK_TABLE_STRIDE,) * key.paged
+    sizes = (_PACKED_SIZES if key.varlen else _FORWARD_SIZES) + (*_PAGES, *_PAGE_BOXES) * key.paged
+    return (*wide, *sizes, *scale_params(key), heads, *_forward_features(key))
 
 
 def fa2_fwd_params(key: DispatchKey) -> tuple[ParamField, ...]:
@@ -141,7 +161,8 @@ def fa2_fwd_params(key: DispatchKey) -> tuple[ParamField, ...]:
 
 def _extra_addresses(key: DispatchKey) -> tuple[ParamField, ...]:
     """Of extra arrays, in the order of extras.py; then what the list of tiles before the kernel makes."""
-    return (ALIBI_SLOPES,) * key.alibi + (LEARNABLE_SINK,) * key.learnable_sink + (*SEQUENCES, _TILE_LIST) * key.varlen
+    sequences = CACHED_SEQUENCES if key.paged else SEQUENCES
+    return (ALIBI_SLOPES,) * key.alibi + (LEARNABLE_SINK,) * key.learnable_sink + (*sequences, _TILE_LIST) * key.varlen
 
 
 def _forward_features(key: DispatchKey) -> tuple[ParamField, ...]:

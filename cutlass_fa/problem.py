@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .arrays import ArraySpec
-from .errors import InvalidArgument, UnsupportedDtype
+from .errors import InvalidArgument, PagedHeadDimMismatch, UnsupportedDtype
 from .extras import NO_EXTRAS, ExtraSpecs, check_device
+from .kv_cache import ContiguousKvCache, KvCache, PagedKvCache
 from .requests import DTYPES_16BIT, CumulativeSeqlens, FwdRequest, MaskKind, PersistentMode, PositionBias, forward_request
 
 ALIGNMENT_BYTES = 16  # of every address and stride: the granularity of TMA and of the kernels' stores
@@ -21,7 +22,8 @@ _ELEMENT_BYTES = {"float32": 4}  # of all others 2
 class Problem:
     """q (batch, seqlen_q, num_heads_q, head_dim), k and v (batch, seqlen_k, num_heads_kv, head_dim), out like q, or in float32; strides in
     elements. Of packed sequences all of them stand as one of total_q and total_k rows, in a batch of 1 (the request's batch counts the
-    sequences)."""
+    sequences). Of a KV cache k and v are its pages (num_blocks, block_size, num_heads_kv, head_dim); batch_shape: (batch, seqlen_q)
+    where the caller's q and out have them as two dimensions."""
 
     request: FwdRequest
     q: ArraySpec
@@ -29,6 +31,7 @@ class Problem:
     v: ArraySpec
     out: ArraySpec
     extras: ExtraSpecs = NO_EXTRAS
+    batch_shape: tuple[int, int] | None = None
 
     @property
     def lse_shape(self) -> tuple[int, ...]:
@@ -39,6 +42,8 @@ class Problem:
     @property
     def out_shape(self) -> tuple[int, ...]:
         """As the caller sees it: of packed sequences (total_q, num_heads_q, head_dim)."""
+        if self.batch_shape is not None:
+            return *self.batch_shape, *self.out.shape[2:]
         return self.out.shape if self.request.cu_seqlens is None else self.out.shape[1:]
 
     @classmethod
@@ -63,29 +68,35 @@ class Problem:
         family: str | None = None,
         max_seqlen_q: int | None = None,
         max_seqlen_k: int | None = None,
+        cached: bool = False,
     ) -> Problem:
         """Check the arrays of a forward call and describe it. out None: a fresh contiguous (batch, seqlen_q, num_heads_q, head_dim).
         family None: the one that serves the call. With cu_seqlens among the extras, q, k, v and out are packed, without the batch
-        dimension, and max_seqlen_q, max_seqlen_k say how long sequences are at most (None: not known).
+        dimension, and max_seqlen_q, max_seqlen_k say how long sequences are at most (None: not known). cached: k and v are a KV cache,
+        paged where block_table has two dimensions; q and out are packed where there is cu_seqlens_q, else as always.
 
         Raises InvalidArgument (rank, shape, stride, device, a mix of dtypes; names the argument), UnsupportedDtype, and everything
         that the request raises (EmptyBatch, ZeroSeqlen, InvalidGqaRatio, UnsupportedHeadDim ...).
         """
-        packed = extras.is_packed
+        packed = extras.cu_seqlens_q is not None if cached else extras.is_packed
         for name, spec in (("q", q), ("k", k), ("v", v)):
-            check_rank(name, spec, packed)
+            check_rank(name, spec, packed and (name == "q" or not cached))
+        batch_shape = (q.shape[0], q.shape[1]) if cached and not packed else None
         if packed:
             if out is not None:
                 check_rank("out", out, packed)
                 out = one_sequence(out)
-            q, k, v = (one_sequence(spec) for spec in (q, k, v))
+            q = one_sequence(q)
+            k, v = (k, v) if cached else (one_sequence(k), one_sequence(v))
+        if batch_shape is not None:
+            q, out = rows_of_batch("q", q), None if out is None else rows_of_batch("out", out)
         check_same_dtype(q, k, v)
-        check_shapes(q, k, v)
+        check_shapes(q, k, v, cached)
         num_heads_q, head_dim = q.shape[2:]
         request = forward_request(
             family,
             persistent,
-            **sizes_of(q, k, extras, max_seqlen_q, max_seqlen_k),
+            **(cached_sizes_of(q, k, extras, max_seqlen_q, batch_shape) if cached else sizes_of(q, k, extras, max_seqlen_q, max_seqlen_k)),
             num_heads_q=num_heads_q,
             num_heads_kv=k.shape[2],
             head_dim=head_dim,
@@ -105,7 +116,7 @@ class Problem:
         like = replace(q, dtype="float32") if float_out else q
         if out is None:
             out = fresh_like(like)
-            out = replace(out, strides=(0, *out.strides[1:])) if packed else out
+            out = replace(out, strides=(0, *out.strides[1:])) if packed or cached else out
         if float_out and out.dtype != like.dtype:
             raise InvalidArgument(f"out has dtype {out.dtype}: expected float32, as out_dtype says")
         check_out(out, like)
@@ -113,7 +124,7 @@ class Problem:
             check_strides(name, spec)
             check_device(name, spec, q)
         extras.check(q, request.batch)
-        return cls(request, q, k, v, out, extras)
+        return cls(request, q, k, v, out, extras, batch_shape)
 
 
 def check_pointers(pointers: tuple[int, ...]) -> None:
@@ -135,6 +146,45 @@ def sizes_of(q: ArraySpec, k: ArraySpec, extras: ExtraSpecs, max_seqlen_q: int |
         total if given is None else min(given, total) for given, total in ((max_seqlen_q, rows.total_q), (max_seqlen_k, rows.total_k))
     )
     return dict(zip(("seqlen_q", "seqlen_k"), longest, strict=True)) | {"batch": extras.num_sequences, "cu_seqlens": rows}
+
+
+def cached_sizes_of(
+    q: ArraySpec, k: ArraySpec, extras: ExtraSpecs, max_seqlen_q: int | None, batch_shape: tuple[int, int] | None
+) -> dict[str, Any]:
+    """The same where k is a cache's pages and q one sequence of all rows."""
+    batch, total_q = extras.num_cached_sequences(k.shape[0] if batch_shape is None else batch_shape[0]), q.shape[1]
+    if batch_shape is not None:
+        if batch != batch_shape[0]:
+            raise InvalidArgument(f"q has batch {batch_shape[0]} and the cache's lengths or table have {batch} rows: they must agree")
+        max_seqlen_q = batch_shape[1]
+    cache = kv_cache_of(k, extras.block_table, batch)
+    longest = total_q if max_seqlen_q is None else min(max_seqlen_q, total_q)
+    rows = CumulativeSeqlens(total_q, batch * cache.capacity)
+    return {"batch": batch, "seqlen_q": longest, "seqlen_k": cache.capacity, "cu_seqlens": rows, "kv_cache": cache}
+
+
+def kv_cache_of(k: ArraySpec, block_table: ArraySpec | None, batch: int) -> KvCache:
+    """What a cache's pages are: those of a block table (batch, max_blocks), or whole sequences. Raises InvalidArgument,
+    InvalidPagedBlockSize, EmptyPagedCache."""
+    num_blocks, block_size = k.shape[:2]
+    if block_table is None and batch > num_blocks:
+        raise InvalidArgument(f"k has {num_blocks} rows for {batch} sequences: one each is needed, or a table that says which")
+    if block_table is None or len(block_table.shape) == 1:
+        return ContiguousKvCache(num_blocks, block_size)
+    return PagedKvCache(num_blocks, block_size, block_table.shape[1])
+
+
+def rows_of_batch(name: str, spec: ArraySpec) -> ArraySpec:
+    """(batch, seqlen, heads, head_dim) as one sequence of batch * seqlen rows. Raises InvalidArgument where they are unequally apart."""
+    batch, seqlen, *others = spec.shape
+    by_batch, by_row, *of_others = spec.strides
+    step = by_batch if seqlen == 1 else by_row
+    if batch > 1 and seqlen > 1 and by_batch != seqlen * by_row:
+        raise InvalidArgument(
+            f"{name} has strides {spec.strides} (elements): in a call on a cache sequences must follow each other, {seqlen} rows "
+            f"of {by_row} elements apart; copy {name} to a contiguous array, or pass it packed with cu_seqlens_q"
+        )
+    return ArraySpec((1, batch * seqlen, *others), (0, step, *of_others), spec.dtype, spec.device)
 
 
 def one_sequence(spec: ArraySpec) -> ArraySpec:
@@ -164,12 +214,14 @@ def check_same_dtype(q: ArraySpec, k: ArraySpec, v: ArraySpec) -> None:
             raise InvalidArgument(f"{name} has dtype {spec.dtype} and q has {q.dtype}: q, k and v must have the same dtype")
 
 
-def check_shapes(q: ArraySpec, k: ArraySpec, v: ArraySpec) -> None:
+def check_shapes(q: ArraySpec, k: ArraySpec, v: ArraySpec, cached: bool = False) -> None:
     """Raises InvalidArgument where the shapes of q, k and v contradict each other."""
     if v.shape != k.shape:
         raise InvalidArgument(f"v has shape {v.shape} and k has {k.shape}: they must be equal (batch, seqlen_k, num_heads_kv, head_dim)")
-    if k.shape[0] != q.shape[0]:
+    if not cached and k.shape[0] != q.shape[0]:
         raise InvalidArgument(f"k has batch {k.shape[0]} and q has {q.shape[0]}: they must be equal")
+    if k.shape[3] != q.shape[3] and cached:
+        raise PagedHeadDimMismatch(f"the cache has head_dim {k.shape[3]} and q has {q.shape[3]}: they must be equal")
     if k.shape[3] != q.shape[3]:
         raise InvalidArgument(f"k has head_dim {k.shape[3]} and q has {q.shape[3]}: they must be equal")
 

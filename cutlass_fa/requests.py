@@ -28,6 +28,7 @@ from .errors import (
     ZeroSeqlen,
     ZeroWindow,
 )
+from .kv_cache import KvCache
 
 MAX_SEQLEN = 2**31 - 1024  # positions, and positions plus one tile, are 32-bit signed integers
 DTYPES_16BIT = ("f16", "bf16")
@@ -154,6 +155,8 @@ class AttentionRequest:
     default): as they are. learnable_sink: whether each row's denominator has a logit without a key (the logits are a runtime array).
     dropout_p: the share of probabilities set to 0, in [0, 1). q_offset, k_offset: positions of the first query and of the first key, for
     mask and bias; given one, the other is 0; given neither, the last query stands at the last key. arch: NVRTC's name of the target GPU.
+    kv_cache: k and v are a cache's (num_blocks, block_size, num_heads_kv, head_dim); seqlen_k is then the most that a sequence may
+    have, and cu_seqlens.total_k that of all sequences together (PagedAttentionRequest).
     Raises EmptyBatch, ZeroSeqlen, SeqlenOverflow, InvalidGqaRatio, UnsupportedHeadDim, UnsupportedDtype, SinkWithoutMask, InvalidArgument.
     """
 
@@ -175,6 +178,7 @@ class AttentionRequest:
     k_offset: int | None = None
     arch: str = "sm_90a"
     cu_seqlens: CumulativeSeqlens | None = None
+    kv_cache: KvCache | None = None
 
     def __post_init__(self) -> None:
         self._check_sizes()
@@ -254,6 +258,7 @@ class AttentionRequest:
             head_dim,
             causal=self.mask.causal,
             varlen=self.cu_seqlens is not None,
+            paged=self.kv_cache is not None,
             sliding_window=self.mask.is_sliding,
             alibi=self.position_bias.alibi,
             sink=self.sink_tokens > 0 and self.mask.is_sliding,  # a causal mask alone shows them anyway
@@ -454,6 +459,24 @@ def VarlenFwdRequest(
     it is not known) as many as there are rows; arch and dropout_p as there. Raises as forward_request does."""
     sizes = {"seqlen_q": cu_seqlens.total_q, "seqlen_k": cu_seqlens.total_k, "arch": "sm_90a", "dropout_p": 0.0}
     return forward_request(family, persistent, cu_seqlens=cu_seqlens, **(sizes | arguments))
+
+
+def PagedAttentionRequest(
+    *,
+    kv_cache: KvCache,
+    batch: int,
+    total_q: int,
+    seqlen_q: int | None = None,
+    family: str | None = None,
+    persistent: PersistentMode | None = None,
+    **arguments: Any,
+) -> FwdRequest:
+    """A forward whose keys and values lie in a cache: `batch` sequences with total_q queries together, at most seqlen_q each (default: not
+    known), and as many keys as their lengths say at run time. arguments: those of AttentionRequest. Raises as forward_request does."""
+    rows = CumulativeSeqlens(total_q, batch * kv_cache.capacity)
+    longest = {"seqlen_q": total_q if seqlen_q is None else min(seqlen_q, total_q), "seqlen_k": kv_cache.capacity}
+    defaults = {"arch": "sm_90a", "dropout_p": 0.0}
+    return forward_request(family, persistent, batch=batch, cu_seqlens=rows, kv_cache=kv_cache, **longest, **(defaults | arguments))
 
 
 def with_sequence_tiles(key: DispatchKey) -> tuple[DispatchKey, ...]:

@@ -5,11 +5,12 @@ Encoding costs the driver some 13 us, so a map is encoded once per (address, sha
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from .arrays import ArraySpec
-from .errors import LaunchError
+from .errors import InvalidArgument, LaunchError
 
 _ELEMENT_BYTES = 2
 SEQUENCE_EDGE = 1 << 30  # kSequenceEdge of the kernels
@@ -60,10 +61,46 @@ class TensorMapGeometry:
         return cls._legal(extents, strides, (columns, rows, 1, 1, 1), spec.dtype)
 
     @classmethod
+    def of_pages(cls, spec: ArraySpec, rows: int, columns: int) -> TensorMapGeometry:
+        """Pages (num_pages, page_size, heads, head_dim) in boxes of `rows` rows of one head, zeros behind a row that a copy names.
+
+        Dimensions as of_sequences has them, but `end` counts units of which a row has row_step and a page page_step (`page_steps`).
+        """
+        _, _, heads, head_dim = spec.shape
+        _, by_row, by_head, _ = spec.strides
+        unit = _page_unit(spec)
+        extents = (head_dim, SEQUENCE_EDGE, heads, 2 * SEQUENCE_EDGE, 2 * SEQUENCE_EDGE)
+        by_row = by_row if spec.shape[1] > 1 else unit
+        strides = (by_row, by_head, unit, (1 << 34) // _ELEMENT_BYTES - by_row)
+        return cls._legal(extents, strides, (columns, rows, 1, 1, 1), spec.dtype)
+
+    @classmethod
     def _legal(cls, extents: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...], dtype: str) -> TensorMapGeometry:
         """A dimension of extent 1 gets a stride of 16 bytes: its own is never used and may be one that the driver refuses."""
         used = zip(strides, extents[1:], strict=True)
         return cls(extents, tuple(stride if extent > 1 else 16 // _ELEMENT_BYTES for stride, extent in used), box, dtype)
+
+
+def page_steps(spec: ArraySpec) -> tuple[int, int]:
+    """From one page (num_pages, page_size, heads, head_dim) to the next, and from one row to the next, in units of of_pages' `end`.
+
+    Raises InvalidArgument where the map's 31 bits do not reach the last page."""
+    num_pages, page_size, _, _ = spec.shape
+    by_page, by_row, _, _ = spec.strides
+    unit = _page_unit(spec)
+    steps = by_page // unit if num_pages > 1 else 0, by_row // unit if page_size > 1 else 1
+    if num_pages * steps[0] + page_size * steps[1] >= 2 * SEQUENCE_EDGE:
+        raise InvalidArgument(
+            f"a cache of shape {spec.shape} and strides {spec.strides} (elements) is too large for one tensor map: "
+            "its pages and rows must be multiples of a larger number of elements apart"
+        )
+    return steps
+
+
+def _page_unit(spec: ArraySpec) -> int:
+    """Elements of which both a page's and a row's stride are multiples."""
+    apart = [stride for stride, extent in zip(spec.strides[:2], spec.shape[:2], strict=True) if extent > 1]
+    return math.gcd(*apart) or 16 // _ELEMENT_BYTES
 
 
 class TensorMaps:

@@ -62,6 +62,19 @@ FA3_FWD_TILES: dict[tuple[int, bool], Fa3FwdTile] = {
 }
 
 
+# head_dim -> tile of a paged cache's cells: blocks of a power of two keys, so that pages fill them or hold several. Not timed.
+PAGED_FA3_FWD_TILES: dict[int, Fa3FwdTile] = {
+    64: fa3_fwd_tile(192, 128, "dynamic", q_stages=2),
+    80: fa3_fwd_tile(128, 128, "dynamic", q_stages=2, swizzle_bytes=64),
+    96: fa3_fwd_tile(128, 128, "dynamic", q_stages=2, swizzle_bytes=64),
+    128: fa3_fwd_tile(128, 128, "dynamic", q_stages=2, own_overlap=True),
+    192: fa3_fwd_tile(128, 64, "dynamic", q_stages=1),
+    256: fa3_fwd_tile(128, 64, "dynamic", q_stages=1),
+}
+
+
 def fa3_fwd_tile_of(head_dim: int, features: Set[str]) -> Fa3FwdTile:
     """The row of a cell. features: presence flags of dispatch.py."""
+    if "paged" in features:
+        return PAGED_FA3_FWD_TILES[head_dim]
     return FA3_FWD_TILES[head_dim, bool(features & {"causal", "sliding_window"})]

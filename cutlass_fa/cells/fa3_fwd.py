@@ -102,9 +102,29 @@ class Fa3FwdCell(SwizzledCell):
         return "0" if self.is_varlen else "tile.batch"
 
     @property
-    def kv_coordinate(self) -> str:
-        """What says where a tile's keys lie."""
+    def kv_maps(self) -> str:
+        """What the tensor maps of k and v are of, where sequences have their own lengths."""
+        return "maps of pages" if self.is_paged else "maps of sequences"
+
+    @property
+    def k_place(self) -> str:
+        """What says where a tile's keys lie in the tensor map of k."""
+        return self._kv_place("k")
+
+    @property
+    def v_place(self) -> str:
+        """The same of v."""
+        return self._kv_place("v")
+
+    def _kv_place(self, array: str) -> str:
+        if self.is_paged:
+            return f"params, tile, {{params.{array}_page_step, params.{array}_row_step}}"
         return "tile.keys" if self.is_varlen else "tile.batch"
+
+    @property
+    def get_tile(self) -> str:
+        """How the producer gets a tile: as one thread, or as a warp."""
+        return "get" if self.is_paged else "get_alone"
 
     @property
     def queue(self) -> str:

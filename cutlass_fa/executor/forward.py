@@ -57,6 +57,7 @@ def run_forward(
     k_offset: int | None = None,
     persistent: PersistentMode | None = None,
     out_like: np.ndarray | None = None,
+    cached: bool = False,
     device: DeviceInfo = SMALL_DEVICE,
     time_limit_s: int = DEFAULT_TIME_LIMIT_S,
     **extras: np.ndarray | None,
@@ -72,7 +73,7 @@ def run_forward(
     q_offset, k_offset: positions of the first query and key, where the cell has offsets.
     persistent: default Persistent(), as the launcher's, in the family that has it.
     out_like: an array whose shape and strides the output has; default contiguous.
-    extras: those of ExtraSpecs that the cell has.
+    cached: k and v are a KV cache, where the cell is of one. extras: those of ExtraSpecs that the cell has.
 
     Raises ExecutorFault where the kernel misbehaves (also when it writes around a strided output, or leaves some of an output unwritten),
     ExecutorError and HostCompileError, and what Problem.from_specs raises for bad arguments.
@@ -91,6 +92,7 @@ def run_forward(
         "k_offset": k_offset,
         "float_out": cell.key.float_out,
         "persistent": persistent,
+        "cached": cached,
     }
     problem = _problem(cell, q, k, v, out_like, options)
     memory = GlobalMemory()

@@ -11,11 +11,21 @@ from ..cells.fa3_fwd import Fa3FwdCell
 from ..device import DeviceInfo, device_info
 from ..extras import extra_words
 from ..kernels import Kernel
-from ..launch import KernelLaunch, alibi_values, grid_size, heads_per_section, pack, softmax_scales, tile_count, window_values
+from ..launch import (
+    KernelLaunch,
+    alibi_values,
+    grid_size,
+    heads_per_section,
+    keys_in_memory,
+    pack,
+    softmax_scales,
+    tile_count,
+    window_values,
+)
 from ..problem import Problem
 from ..requests import Fa3FwdRequest, Persistent
 from ..tile_counters import tile_counters
-from ..tma import TensorMapGeometry, TensorMaps
+from ..tma import TensorMapGeometry, TensorMaps, page_steps
 from .sequence_tiles import SequenceTilesLaunch, capacity
 
 
@@ -71,8 +81,11 @@ def map_geometries(problem: Problem, cell: Fa3FwdCell) -> tuple[TensorMapGeometr
         q = TensorMapGeometry.of_packed_rows(problem.q, cell.queries_per_tile, cell.gqa_ratio, cell.chunk_columns)
     else:
         q = TensorMapGeometry.of_rows(problem.q, cell.tile_m, cell.chunk_columns)
-    geometry_of_keys = TensorMapGeometry.of_sequences if cell.is_varlen else TensorMapGeometry.of_rows
-    k, v = (geometry_of_keys(spec, cell.tile_n, cell.chunk_columns) for spec in (problem.k, problem.v))
+    if problem.request.kv_cache is not None:
+        geometry_of_keys, rows = TensorMapGeometry.of_pages, problem.request.kv_cache.rows_of_box(cell.tile_n)
+    else:
+        geometry_of_keys, rows = TensorMapGeometry.of_sequences if cell.is_varlen else TensorMapGeometry.of_rows, cell.tile_n
+    k, v = (geometry_of_keys(spec, rows, cell.chunk_columns) for spec in (problem.k, problem.v))
     return q, k, v
 
 
@@ -100,9 +113,27 @@ def pack_params(problem: Problem, cell: Fa3FwdCell, device: DeviceInfo) -> np.nd
             **softmax_scales(request),
             **window_values(request),
             **alibi_values(request, problem.extras.alibi_slopes),
-            "heads_per_section": heads_per_section(problem.k, work_heads, device),
+            "heads_per_section": heads_per_section(keys_in_memory(problem), work_heads, device),
+            **cache_values(problem, cell.tile_n),
         },
     )
+
+
+def cache_values(problem: Problem, tile_n: int) -> dict[str, int]:
+    """Where the pages of a KV cache lie, where k and v are one."""
+    cache, table = problem.request.kv_cache, problem.extras.block_table
+    if cache is None:
+        return {}
+    steps = {
+        f"{name}_{of}_step": step for name in "kv" for of, step in zip(("page", "row"), page_steps(getattr(problem, name)), strict=True)
+    }
+    return {
+        "block_table_stride": 0 if table is None else table.strides[0],
+        "num_pages": cache.num_blocks,
+        "page_size": cache.block_size,
+        "rows_of_box": cache.rows_of_box(tile_n),
+        **steps,
+    }
 
 
 def num_tiles_of(problem: Problem, cell: Fa3FwdCell) -> int:

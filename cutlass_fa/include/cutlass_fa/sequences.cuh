@@ -16,9 +16,12 @@ struct Sequence {
 };
 
 // index `batch` stands for the rows after the last sequence, of which none is used.
+// cu_seqlens null: the sequences own equally many rows.
 CUTLASS_FA_DEVICE Sequence sequence_of(int const* cu_seqlens, int const* seqused, int batch, int total, int index) {
-  int const first = min(max(cu_seqlens[index], 0), total);
-  int const end = index < batch ? min(max(cu_seqlens[index + 1], first), total) : total;
+  int const equal = cu_seqlens == nullptr ? total / batch : 0;
+  int const first = cu_seqlens == nullptr ? index * equal : min(max(cu_seqlens[index], 0), total);
+  int const next = index == batch ? total : cu_seqlens == nullptr ? first + equal : cu_seqlens[index + 1];
+  int const end = min(max(next, first), total);
   int const rows = end - first;
   int const used = index == batch ? 0 : seqused == nullptr ? rows : min(max(seqused[index], 0), rows);
   return {first, rows, used};

@@ -1,0 +1,45 @@
+"""Golden cells on KV caches on the CPU executor, by the test rule, under several schedules; unused rows of the cache hold NaN."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import pytest
+
+from cutlass_fa.cell import Cell
+from cutlass_fa.dispatch import DISPATCH_TABLE, DispatchKey
+from cutlass_fa.executor import ExecutorKernel, Program, compiler_problem, run_forward
+from cutlass_fa.render import render
+from tests.backward_cases import DTYPES
+from tests.cache_cases import PAGED_CASES, CacheCase
+from tests.numerics import check_forward
+from tests.test_executor_varlen import features
+from tests.varlen_cases import Lengths
+
+pytestmark = pytest.mark.skipif(compiler_problem() is not None, reason=str(compiler_problem()))
+
+GOLDEN = [key for key in DISPATCH_TABLE if key.direction == "fwd" and key.paged]
+SEEDS = (0, 1, 2)
+
+
+@cache
+def program_of(key: DispatchKey) -> Program:
+    """Compiled once."""
+    return ExecutorKernel.build(render(Cell.of(key)))
+
+
+@pytest.mark.parametrize("case", PAGED_CASES, ids=str)
+@pytest.mark.parametrize("key", GOLDEN, ids=str)
+def test_golden_cell(key: DispatchKey, case: CacheCase) -> None:
+    """Right under every schedule, and bitwise the same."""
+    heads = max(key.gqa_ratio, 2) * 2, 2
+    cache = case.make(np, np.random.default_rng(7), heads, key.head_dim, DTYPES[key.dtype])
+    called, expected = features(key, Lengths(case.name, case.pairs), heads[0])
+    results = []
+    for seed in SEEDS:
+        inputs = {"seed": seed, "program": program_of(key), "cached": True}
+        results.append(run_forward(Cell.of(key), cache.q, cache.k_cache, cache.v_cache, **inputs, **called, **cache.extras))
+        assert results[-1].out.tobytes() == results[0].out.tobytes() and (results[-1].lse == results[0].lse).all()
+    expected |= {"causal": key.causal, **cache.packed}
+    check_forward(results[0].out, results[0].lse, cache.q, cache.k, cache.v, case=f"{key} {case}", **expected)
