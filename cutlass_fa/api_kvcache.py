@@ -219,16 +219,19 @@ def _check_number(problem: AppendProblem, num_cached: int) -> None:
 
 
 _LENGTHS = APPEND_NAMES.index("cache_seqlens")
-_OF_ROWS = frozenset(APPEND_NAMES[:_LENGTHS])  # arrays of 16-bit elements, read sixteen bytes at a time
 
 
 def _check_alignment(plan: AppendPlan, addresses: tuple[int, ...]) -> None:
-    """Raises InvalidArgument, naming the array, unless rows begin at multiples of 16 bytes."""
-    for i, address in zip(plan.arrays, addresses, strict=False):
-        if address % ALIGNMENT_BYTES and APPEND_NAMES[i] in _OF_ROWS:
-            raise InvalidArgument(
-                f"{APPEND_NAMES[i]} starts at address {address:#x}, not a multiple of {ALIGNMENT_BYTES} bytes; copy it to a fresh array"
-            )
+    """Raises InvalidArgument, naming the array, unless rows begin at multiples of 16 bytes. Numbers are read one by one."""
+    merged = 0
+    for address in addresses[: plan.num_row_arrays]:
+        merged |= address
+    if merged % ALIGNMENT_BYTES == 0:
+        return
+    i, address = next(pair for pair in zip(plan.arrays, addresses, strict=False) if pair[1] % ALIGNMENT_BYTES)
+    raise InvalidArgument(
+        f"{APPEND_NAMES[i]} starts at address {address:#x}, not a multiple of {ALIGNMENT_BYTES} bytes; copy it to a fresh array"
+    )
 
 
 def _check_arguments(cache_seqlens: Any, k: Any, cache_leftpad: Any, num_splits: int) -> None:
