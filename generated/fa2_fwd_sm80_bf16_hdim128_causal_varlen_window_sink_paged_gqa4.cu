@@ -17,6 +17,7 @@ using namespace cutlass_fa;
 using Element = bfloat16;
 
 constexpr int kTileM = 64;  // rows of a CTA's tile
+constexpr int kQueriesPerTile = 16;  // of each head in it
 constexpr int kTileN = 64;  // keys of a block
 constexpr int kHeadDim = 128;
 constexpr int kStages = 2;  // key blocks in shared memory, K and V each: one is read while the others land
@@ -40,7 +41,7 @@ struct Params {
   float* lse;  // (batch, num_heads_q, seqlen_q) natural logarithm, or null
   int* cu_seqlens_q;  // (batch + 1,) first rows of the sequences in q, and their end, or null: equally many each
   int* seqused_q;  // (batch,) rows of each sequence that are used, or null: all
-  int* seqused_k;  // (batch,) keys of each sequence, its padding included
+  int* seqused_k;  // (batch,) keys of each sequence, its padding included, or null: as many as there is room for
   int* block_table;  // (batch, max_pages) pages of each sequence in order, or null: page b is sequence b's only one
   int* cache_leftpad;  // (batch,) keys before a sequence's first that are padding, or null: none
   int* tile_list;  // every sequence's query blocks, heaviest first (sequences.cuh)
@@ -76,9 +77,9 @@ static_assert(sizeof(Params) == 248, "params.py packs another layout");
 
 // One CTA's piece of work: kTileM rows of one head of one sequence, and where the sequence lies in the packed arrays.
 struct Tile {
-  int m_block;
-  int head;   // of params.num_heads_kv
-  int batch;  // the sequence; params.batch: rows that belong to none
+  int first_query;  // of the sequence; -1: no tile
+  int head;         // of params.num_heads_kv
+  int batch;        // the sequence; params.batch: rows that belong to none
   Sequence queries, keys;
 };
 
@@ -87,7 +88,8 @@ CUTLASS_FA_DEVICE Sequence cached_keys(Params const& params, int sequence) {
   if (sequence >= params.batch) { return {0, 0, 0}; }
   int const capacity = params.total_k / params.batch;
   int const padding = params.cache_leftpad == nullptr ? 0 : min(max(params.cache_leftpad[sequence], 0), capacity);
-  int const keys = min(max(params.seqused_k[sequence], padding), capacity) - padding;
+  int const end = params.seqused_k == nullptr ? capacity : min(max(params.seqused_k[sequence], padding), capacity);
+  int const keys = end - padding;
   return {padding, keys, keys};
 }
 
@@ -108,7 +110,7 @@ CUTLASS_FA_DEVICE Tile tile_of(Params const& params, int index) {
   int const index_in_section = index - first_head * num_blocks;
   int const place = index_in_section / heads;
   SequenceBlock const block = block_of(params.tile_list, place);
-  return {block.block, first_head + index_in_section - place * heads, block.sequence,
+  return {block.block * kQueriesPerTile, first_head + index_in_section - place * heads, block.sequence,
           sequence_of(params.cu_seqlens_q, params.seqused_q, params.batch, params.total_q, block.sequence),
           cached_keys(params, block.sequence)};
 }
@@ -122,20 +124,19 @@ static_assert(sizeof(SharedStorage) == 81920, "cell.py computes another size");
 
 // The kGqaRatio query heads of one key head share a tile: row r is head r % kGqaRatio of query r / kGqaRatio.
 constexpr int kGqaRatio = 4;
-constexpr int kQueriesPerTile = kTileM / kGqaRatio;
-CUTLASS_FA_DEVICE int query_of(Tile const& tile, int row) { return tile.m_block * kQueriesPerTile + row / kGqaRatio; }
+CUTLASS_FA_DEVICE int query_of(Tile const& tile, int row) { return tile.first_query + row / kGqaRatio; }
 CUTLASS_FA_DEVICE int head_of(Tile const& tile, int row) { return tile.head * kGqaRatio + row % kGqaRatio; }
 CUTLASS_FA_DEVICE int kv_head_of(Params const&, Tile const& tile) { return tile.head; }
 // Whether a row exists at all: the last kTileM % kGqaRatio rows of a tile do not.
 CUTLASS_FA_DEVICE bool is_row(Params const& params, Tile const& tile, int row) {
-  return row < kQueriesPerTile * kGqaRatio && query_of(tile, row) < params.seqlen_q;
+  return row < kQueriesPerTile * kGqaRatio && static_cast<unsigned>(query_of(tile, row)) < static_cast<unsigned>(params.seqlen_q);
 }
 
 // The arguments of the tile's sequence alone: all that follows takes them for those of the call.
 CUTLASS_FA_DEVICE Params params_of(Params const& all, Tile const& tile) {
   Params params = all;
   params.seqlen_q = tile.queries.used;
-  params.seqlen_k = tile.m_block * kQueriesPerTile < tile.queries.used ? tile.keys.used : 0;  // rows that are not used see no keys
+  params.seqlen_k = tile.first_query < tile.queries.used ? tile.keys.used : 0;  // rows that are not used see no keys
   params.sink_tokens = min(params.sink_tokens, params.seqlen_k);
   params.q = static_cast<Element*>(params.q) + tile.queries.first * params.q_stride_row;
   params.o = static_cast<Element*>(params.o) + tile.queries.first * params.o_stride_row;
@@ -177,7 +178,7 @@ struct KeyBlocks {
 };
 
 CUTLASS_FA_DEVICE KeyBlocks key_blocks(Params const& params, Tile const& tile) {
-  int const first_query = query_of(tile, 0), query_end = min((tile.m_block + 1) * kQueriesPerTile, params.seqlen_q);
+  int const first_query = query_of(tile, 0), query_end = min(tile.first_query + kQueriesPerTile, params.seqlen_q);
   int const unmasked_end = max(key_end(params, first_query), 0) / kTileN;
   int const unmasked_begin = (key_begin(params, query_end - 1) + kTileN - 1) / kTileN;
   int const begin = key_begin(params, first_query) / kTileN;
