@@ -10,7 +10,6 @@ from .api import (
     BACKENDS,
     MASK_NAMES,
     check_random_state,
-    extra_signatures,
     forward,
     mask_of,
     mask_options,
@@ -142,8 +141,7 @@ _NAMES = ("q", "k", "v", "out", "dout", "lse", "dlse", "dq", "dk", "dv", "dlearn
 def _plan(library: ArrayLibrary, arrays: tuple[Any, ...], options: _Options, extras: tuple[Any, ...]) -> Fa2BwdPlan:
     """The launch plan of a call, made at the first call of its kind and found by shapes, strides, dtypes and options afterwards."""
     check_one_library((*_NAMES, *EXTRA_NAMES), (*arrays, *extras))
-    given = tuple(array is not None for array in arrays)
-    kind = (library.signatures([array for array in arrays if array is not None]), given, options, extra_signatures(library, extras))
+    kind = (library.signatures((*arrays, *extras)), options)
     plan = _plans.get(kind)
     if plan is None:
         plan = _make_plan(library, arrays, options, extras)
