@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .arrays import ArrayLibrary, check_one_library, dtype_name, library_of, not_on_gpu
 from .device import check_current_device, device_info
@@ -106,7 +106,7 @@ def forward(
     if backend != "cuda":
         raise InvalidArgument(f"backend={backend!r}: accepted are {', '.join(BACKENDS)}")
     library = library_of(type(q))
-    plan = _plan(library, (q, k, v, out), options, extras)
+    plan = plan_of(_plans, _make_plan, library, _NAMES, (q, k, v, out), options, extras)
     problem = plan.problem
     device = problem.q.device
     if out is None:
@@ -144,31 +144,38 @@ _OPTION_NAMES = (
     *("max_seqlen_q", "max_seqlen_k"),
 )
 
+_NAMES = ("q", "k", "v", "out")
+_Plan = TypeVar("_Plan")
 _plans: dict[tuple[Any, ...], ForwardPlan] = {}
 _MAX_PLANS = 4096
 
 
-def _plan(library: ArrayLibrary, arrays: tuple[Any, ...], options: _Options, extras: tuple[Any, ...]) -> ForwardPlan:
-    """The launch plan of a call, made at the first call of its kind and found by shapes, strides, dtypes and options afterwards.
+def plan_of(
+    plans: dict[tuple[Any, ...], _Plan],
+    make: Callable[[ArrayLibrary, tuple[Any, ...], _Options, tuple[Any, ...]], _Plan],
+    library: ArrayLibrary,
+    names: tuple[str, ...],
+    arrays: tuple[Any, ...],
+    options: _Options,
+    extras: tuple[Any, ...],
+) -> _Plan:
+    """The launch plan of a call, made at the first call of its kind and found in `plans` by shapes, strides, dtypes and options afterwards.
 
-    arrays: q, k, v, and out or None. extras: arrays or None, in the order of EXTRA_NAMES."""
+    names: of `arrays`, which may be None but for the first. extras: arrays or None, in the order of EXTRA_NAMES."""
+    given = (*arrays, *extras)
     try:
-        kind = (library.signatures((*arrays, *extras)), options)
+        kind = (library.signatures(given), options)
     except AttributeError:
-        _check_one_library(arrays, extras)
+        check_one_library((*names, *EXTRA_NAMES), given)
         raise
-    plan = _plans.get(kind)
+    plan = plans.get(kind)
     if plan is None:
-        _check_one_library(arrays, extras)
-        plan = _make_plan(library, arrays, options, extras)
-        if len(_plans) >= _MAX_PLANS:
-            _plans.clear()
-        _plans[kind] = plan
+        check_one_library((*names, *EXTRA_NAMES), given)
+        plan = make(library, arrays, options, extras)
+        if len(plans) >= _MAX_PLANS:
+            plans.clear()
+        plans[kind] = plan
     return plan
-
-
-def _check_one_library(arrays: tuple[Any, ...], extras: tuple[Any, ...]) -> None:
-    check_one_library(("q", "k", "v", "out", *EXTRA_NAMES), (*arrays, *extras))
 
 
 def _make_plan(library: ArrayLibrary, arrays: tuple[Any, ...], options: _Options, extras: tuple[Any, ...]) -> ForwardPlan:
@@ -246,7 +253,7 @@ def _reference(
     from .reference import attention_forward
 
     library = reference_library(q)
-    _check_one_library((q, k, v, out), extras)
+    check_one_library((*_NAMES, *EXTRA_NAMES), (q, k, v, out, *extras))
     request = _problem(library, (q, k, v, out), options, extras, "sm_90a").request  # refuses what the kernels refuse
     named: dict[str, Any] = dict(zip(_OPTION_NAMES, options, strict=True))
     dtype = "float32" if named["float_out"] else q.dtype
