@@ -1,4 +1,4 @@
-"""Golden cells on KV caches on the CPU executor, by the test rule, under several schedules; unused rows of the cache hold NaN."""
+"""Cells on KV caches on the CPU executor, by the test rule, under several schedules; unused rows of the cache hold NaN."""
 
 from __future__ import annotations
 
@@ -20,6 +20,17 @@ from tests.varlen_cases import Lengths
 pytestmark = pytest.mark.skipif(compiler_problem() is not None, reason=str(compiler_problem()))
 
 GOLDEN = [key for key in DISPATCH_TABLE if key.direction == "fwd" and key.paged]
+OTHERS = [  # of family fa2: every mask, packed heads, tokens innermost in K alone and in V alone, every cell's shared memory
+    DispatchKey.parse(f"fa2_fwd_{name}")
+    for name in (
+        "sm80_f16_hdim64_varlen_window_alibi_sink_lsink_paged_kinner",
+        "sm80_bf16_hdim96_varlen_alibi_paged_offsets_f32out_gqa4",
+        "sm80_bf16_hdim80_causal_varlen_paged_vinner",
+        "sm86_bf16_hdim256_causal_varlen_paged_vinner",
+        "sm90a_f16_hdim192_varlen_window_paged_kinner_vinner_gqa5",
+        "sm120_bf16_hdim128_causal_varlen_window_paged",
+    )
+]
 SEEDS = (0, 1, 2)
 
 
@@ -29,19 +40,11 @@ def program_of(key: DispatchKey) -> Program:
     return ExecutorKernel.build(render(Cell.of(key)))
 
 
-def tokens_inner(key: DispatchKey) -> tuple[bool, bool]:
-    """Of k and of v."""
-    return key.k_tokens_inner, key.v_tokens_inner
-
-
-RUNS = [(key, case) for key in GOLDEN for case in PAGED_CASES if not (any(tokens_inner(key)) and case.padding)]
-
-
-@pytest.mark.parametrize(("key", "case"), RUNS, ids=str)
-def test_golden_cell(key: DispatchKey, case: CacheCase) -> None:
+@pytest.mark.parametrize(("key", "case"), [(key, case) for key in (*GOLDEN, *OTHERS) for case in PAGED_CASES if case.serves(key)], ids=str)
+def test_cell(key: DispatchKey, case: CacheCase) -> None:
     """Right under every schedule, and bitwise the same."""
     heads = max(key.gqa_ratio, 2) * 2, 2
-    cache = case.make(np, np.random.default_rng(7), heads, key.head_dim, DTYPES[key.dtype], tokens_inner(key))
+    cache = case.make(np, np.random.default_rng(7), heads, key.head_dim, DTYPES[key.dtype])
     called, expected = features(key, Lengths(case.name, case.pairs), heads[0])
     results = []
     for seed in SEEDS:
