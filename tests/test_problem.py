@@ -396,5 +396,5 @@ def test_a_contiguous_cache_with_tokens_innermost_is_loaded_in_groups_of_8() -> 
 
 
 def test_tokens_innermost_have_no_padding_in_front() -> None:
-    with pytest.raises(errors.InvalidArgument, match="cache_leftpad .* move each sequence to the front"):
+    with pytest.raises(errors.InvalidArgument, match=r"cache_leftpad .* move each sequence to the front"):
         cached_problem(16, "bhds", "bshd", leftpad=True)
