@@ -21,6 +21,7 @@ using namespace cutlass_fa;
 using Element = bfloat16;
 
 constexpr int kTileM = 128;  // rows of a CTA's tile, 64 for each consumer warpgroup
+constexpr int kQueriesPerTile = 32;  // of each head in it
 constexpr int kTileN = 128;  // keys of a block
 constexpr int kHeadDim = 128;
 constexpr int kStages = 2;   // key blocks in flight, K and V each
@@ -50,7 +51,7 @@ struct Params {
   int* tile_counter;  // one number, 0 before and after a launch
   int* cu_seqlens_q;  // (batch + 1,) first rows of the sequences in q, and their end, or null: equally many each
   int* seqused_q;  // (batch,) rows of each sequence that are used, or null: all
-  int* seqused_k;  // (batch,) keys of each sequence, its padding included
+  int* seqused_k;  // (batch,) keys of each sequence, its padding included, or null: as many as there is room for
   int* block_table;  // (batch, max_pages) pages of each sequence in order, or null: page b is sequence b's only one
   int* cache_leftpad;  // (batch,) keys before a sequence's first that are padding, or null: none
   int* tile_list;  // every sequence's query blocks, heaviest first (sequences.cuh)
@@ -80,9 +81,9 @@ static_assert(sizeof(Params) == 176, "params.py packs another layout");
 
 // One CTA's piece of work: kTileM rows of one head of one sequence, and where the sequence lies in the packed arrays.
 struct Tile {
-  int m_block;
-  int head;   // of params.num_heads_kv
-  int batch;  // the sequence; params.batch: rows that belong to none
+  int first_query;  // of the sequence; -1: no tile
+  int head;         // of params.num_heads_kv
+  int batch;        // the sequence; params.batch: rows that belong to none
   Sequence queries, keys;
 };
 
@@ -91,7 +92,8 @@ CUTLASS_FA_DEVICE Sequence cached_keys(Params const& params, int sequence) {
   if (sequence >= params.batch) { return {0, 0, 0}; }
   int const capacity = params.total_k / params.batch;
   int const padding = params.cache_leftpad == nullptr ? 0 : min(max(params.cache_leftpad[sequence], 0), capacity);
-  int const keys = min(max(params.seqused_k[sequence], padding), capacity) - padding;
+  int const end = params.seqused_k == nullptr ? capacity : min(max(params.seqused_k[sequence], padding), capacity);
+  int const keys = end - padding;
   return {padding, keys, keys};
 }
 
@@ -112,7 +114,7 @@ CUTLASS_FA_DEVICE Tile tile_of(Params const& params, int index) {
   int const index_in_section = index - first_head * num_blocks;
   int const place = index_in_section / heads;
   SequenceBlock const block = block_of(params.tile_list, place);
-  return {block.block, first_head + index_in_section - place * heads, block.sequence,
+  return {block.block * kQueriesPerTile, first_head + index_in_section - place * heads, block.sequence,
           sequence_of(params.cu_seqlens_q, params.seqused_q, params.batch, params.total_q, block.sequence),
           cached_keys(params, block.sequence)};
 }
@@ -138,17 +140,16 @@ static_assert(sizeof(SharedStorage) == 197632, "cell.py computes another size");
 
 // The kGqaRatio query heads of one key head share a tile: row r is head r % kGqaRatio of query r / kGqaRatio.
 constexpr int kGqaRatio = 4;
-constexpr int kQueriesPerTile = kTileM / kGqaRatio;
-CUTLASS_FA_DEVICE int query_of(Tile const& tile, int row) { return tile.m_block * kQueriesPerTile + row / kGqaRatio; }
+CUTLASS_FA_DEVICE int query_of(Tile const& tile, int row) { return tile.first_query + row / kGqaRatio; }
 CUTLASS_FA_DEVICE int head_of(Tile const& tile, int row) { return tile.head * kGqaRatio + row % kGqaRatio; }
 CUTLASS_FA_DEVICE int kv_head_of(Params const&, Tile const& tile) { return tile.head; }
 // Whether a row exists at all: the last kTileM % kGqaRatio rows of a tile do not.
 CUTLASS_FA_DEVICE bool is_row(Params const& params, Tile const& tile, int row) {
-  return row < kQueriesPerTile * kGqaRatio && query_of(tile, row) < params.seqlen_q;
+  return row < kQueriesPerTile * kGqaRatio && static_cast<unsigned>(query_of(tile, row)) < static_cast<unsigned>(params.seqlen_q);
 }
 constexpr int kQBytesPerChunk = kQueriesPerTile * kGqaRatio * 128;  // of the rows that exist
 CUTLASS_FA_DEVICE void load_q_chunk(TensorMap const& map, Mbarrier& full, char* destination, int column, Tile const& tile) {
-  tma_load(map, full, CacheHint::kEvictFirst, destination, column, 0, tile.queries.first + tile.m_block * kQueriesPerTile, tile.head, 0);
+  tma_load(map, full, CacheHint::kEvictFirst, destination, column, 0, tile.queries.first + tile.first_query, tile.head, 0);
 }
 // A tile's rows of Q, a chunk of columns at a time.
 CUTLASS_FA_DEVICE void load_q(TensorMap const& map, Mbarrier& full, char* destination, Tile const& tile) {
@@ -159,12 +160,11 @@ CUTLASS_FA_DEVICE void load_q(TensorMap const& map, Mbarrier& full, char* destin
   }
 }
 
-constexpr int kSequenceEdge = 1 << 30;  // tma.py's
 // The arguments of the tile's sequence alone: all that follows takes them for those of the call.
 CUTLASS_FA_DEVICE Params params_of(Params const& all, Tile const& tile) {
   Params params = all;
   params.seqlen_q = tile.queries.used;
-  params.seqlen_k = tile.m_block * kQueriesPerTile < tile.queries.used ? tile.keys.used : 0;  // rows that are not used see no keys
+  params.seqlen_k = tile.first_query < tile.queries.used ? tile.keys.used : 0;  // rows that are not used see no keys
   params.o = static_cast<Element*>(params.o) + tile.queries.first * params.o_stride_row;
   if (params.lse != nullptr) { params.lse += tile.queries.first; }
   return params;
@@ -204,6 +204,8 @@ CUTLASS_FA_DEVICE void apply_mask(float (&acc_s)[kTileN / 2], int const (&limit)
     }
   }
 }
+
+constexpr int kSequenceEdge = 1 << 30;  // tma.py's
 
 // In one array's map: from one page to the next and from one key to the next.
 struct PageSteps {
@@ -273,7 +275,7 @@ CUTLASS_FA_DEVICE void schedule(SharedStorage& shared, Params const& params) {
   int const num_tiles = tile_count(params);
   for (int index = block_index(); index < num_tiles; index = take_tile(params, num_tiles)) { shared.tiles.put(pipe, tile_of(params, index)); }
   Tile none = {};
-  none.m_block = -1;
+  none.first_query = -1;
   shared.tiles.put(pipe, none);
 }
 
@@ -281,7 +283,7 @@ CUTLASS_FA_DEVICE void produce(SharedStorage& shared, TensorMap const& map_q, Te
   PipelineState<kStages> k_pipe, v_pipe;
   PipelineState<kQStages> q_pipe;
   PipelineState<1> tile_pipe;
-  for (Tile tile = shared.tiles.get(tile_pipe); tile.m_block >= 0; tile = shared.tiles.get(tile_pipe)) {
+  for (Tile tile = shared.tiles.get(tile_pipe); tile.first_query >= 0; tile = shared.tiles.get(tile_pipe)) {
     Params const params = params_of(all, tile);
     int const kv_head = kv_head_of(params, tile);
     auto load_k = [&](int n_block) {
@@ -294,7 +296,7 @@ CUTLASS_FA_DEVICE void produce(SharedStorage& shared, TensorMap const& map_q, Te
       load_kv(map_v, shared.v_full[v_pipe.stage()], shared.v[v_pipe.stage()], n_block, kv_head, params, tile, {params.v_page_step, params.v_row_step});
       v_pipe.advance();
     };
-    int const last_block = n_block_end(params, (tile.m_block + 1) * kQueriesPerTile) - 1;
+    int const last_block = n_block_end(params, tile.first_query + kQueriesPerTile) - 1;
     if (last_block >= 0) {
       shared.q_empty[q_pipe.stage()].wait(q_pipe.parity() ^ 1);
       if (thread_index() == 0) { load_q(map_q, shared.q_full[q_pipe.stage()], shared.q[q_pipe.stage()], tile); }
@@ -465,11 +467,11 @@ CUTLASS_FA_DEVICE void attend(Consumer& self, SharedStorage& shared, Params cons
 CUTLASS_FA_DEVICE void consume(SharedStorage& shared, Params const& all, int warpgroup) {
   Consumer self = make_consumer(warpgroup);
   if (warpgroup == kConsumers - 1) { pass_turn(warpgroup); }  // the first turn is warpgroup 0's
-  for (Tile tile = shared.tiles.get(self.tile_pipe); tile.m_block >= 0;) {
+  for (Tile tile = shared.tiles.get(self.tile_pipe); tile.first_query >= 0;) {
     Params const params = params_of(all, tile);
     float acc_o[kHeadDim / 2] = {};  // 2 rows x kHeadDim / 4 columns of this thread
     SoftmaxRows rows = empty_rows();
-    int n_block = n_block_end(params, (tile.m_block + 1) * kQueriesPerTile) - 1;
+    int n_block = n_block_end(params, tile.first_query + kQueriesPerTile) - 1;
     if (n_block >= 0) {
       int const own_end = is_row(params, tile, warpgroup * 64) ? n_block_end(params, query_of(tile, warpgroup * 64 + 63) + 1) : 0;
       shared.q_full[self.q_pipe.stage()].wait(self.q_pipe.parity());

@@ -1,5 +1,5 @@
-"""A prompt processed in chunks against what is in the cache gives the bits of one pass, on the CPU executor: no row depends on the rows that
-its tile holds beside it, nor on how heads are packed."""
+"""A prompt processed in chunks against what is in the cache gives the bits of one pass, on the CPU executor: no row depends on the rows
+that its tile holds beside it, nor on how heads are packed."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def run_packed(key: DispatchKey, q: np.ndarray, k: np.ndarray, v: np.ndarray) ->
         ("fa3_fwd_sm90a_bf16_hdim256_causal_varlen_alibi_paged_kinner_softcap", ""),
         ("fa3_fwd_sm90a_bf16_hdim80_causal_varlen", "fa3_fwd_sm90a_bf16_hdim80_causal_varlen_gqa4"),
         ("fa2_fwd_sm90a_bf16_hdim128_causal_varlen", ""),
-        ("fa2_fwd_sm80_f16_hdim64_causal_varlen_window_alibi_sink", ""),
+        ("fa2_fwd_sm80_f16_hdim64_causal_varlen_window_sink_lsink", ""),
     ],
 )
 def test_chunks_give_the_bits_of_one_pass(name: str, chunk_name: str) -> None:

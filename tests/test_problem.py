@@ -354,7 +354,7 @@ def cached_problem(block_size: int, order_k: str, order_v: str, *, paged: bool =
         memory = np.empty([extents[axis] for axis in order], np.float16)
         return library_of(np.ndarray).spec(memory.transpose([order.index(axis) for axis in "bshd"]))
 
-    q = ArraySpec((2, 4, 64), (256, 64, 1), "f16", 0)
+    q = ArraySpec((2, 1, 4, 64), (256, 256, 64, 1), "f16", 0)
     numbers = ArraySpec((2,), (1,), "int32", 0)
     table = ArraySpec((2, 3), (3, 1), "int32", 0) if paged else None
     extras = ExtraSpecs(seqused_k=numbers, block_table=table, cache_leftpad=numbers if leftpad else None)
