@@ -210,7 +210,7 @@ _CACHE = ("paged", "k_tokens_inner", "v_tokens_inner")
 # What has a template: (family, direction) -> the presence flags that it knows.
 BUILT_FLAGS: dict[tuple[str, str], tuple[str, ...]] = {
     ("fa2", "fwd"): (*_MASKS, "learnable_sink", *_CACHE, "position_offset", "softcap", "dropout", "float_out"),
-    ("fa3", "fwd"): (*_MASKS, "learnable_sink", "paged", "position_offset", "softcap", "float_out"),
+    ("fa3", "fwd"): (*_MASKS, "learnable_sink", *_CACHE, "position_offset", "softcap", "float_out"),
     ("fa2", "bwd"): (*_MASKS, "position_offset", "softcap", "dropout", "deterministic", "split"),
     ("fa2", "bwd_preprocess"): ("varlen", "learnable_sink"),
     ("fa2", "bwd_convert"): ("varlen", "split"),
@@ -339,6 +339,7 @@ DISPATCH_TABLE = DispatchTable(
         _fa3_fwd("bf16", 128, causal=True, alibi=True, position_offset=True, float_out=True),
         _fa3_fwd("bf16", 64, causal=True, sliding_window=True, learnable_sink=True),
         _fa3_fwd("bf16", 128, causal=True, varlen=True, paged=True, gqa_ratio=4),
+        _fa3_fwd("bf16", 128, causal=True, varlen=True, paged=True, k_tokens_inner=True, v_tokens_inner=True),
         _fa2_fwd("sm_80", "bf16", 128),
         _fa2_fwd("sm_80", "bf16", 128, causal=True),
         _fa2_fwd("sm_80", "f16", 128, causal=True),

@@ -64,8 +64,8 @@ class ContiguousKvCache:
             raise InvalidArgument(f"a cache of {self.num_blocks} sequences of {self.block_size} keys: at least one of each is needed")
         if (self.k_tokens_inner or self.v_tokens_inner) and self.block_size % KEY_GROUP:
             raise InvalidArgument(
-                f"a cache of sequences of {self.block_size} keys, tokens innermost: kernels load {KEY_GROUP} keys at once there; "
-                f"allocate a multiple of {KEY_GROUP}"
+                f"a cache of sequences of {self.block_size} keys, tokens innermost: kernels load {KEY_GROUP} keys at once there; allocate "
+                f"a multiple of {KEY_GROUP}"
             )
 
     @property

@@ -12,7 +12,8 @@ from tests.covering import covering
 @lru_cache(maxsize=1)
 def sampled_keys() -> tuple[DispatchKey, ...]:
     """Those of each (family, direction), and every golden one. Sink tokens without a window, and offsets without a mask that
-    they move, which no kernel has, get the window and the mask; other combinations that no kernel has get, or lose, what makes them one."""
+    they move, which no kernel has, get the window and the mask, tokens innermost the cache that they are of; other combinations that no
+    kernel has get, or lose, what makes them one."""
     keys = set(DISPATCH_TABLE)
     for (family, direction), flags in BUILT_FLAGS.items():
         factors: dict[str, Any] = {"arch": ARCHS if family == "fa2" else ("sm_90a",), "dtype": ("f16", "bf16"), "head_dim": CELL_HEAD_DIMS}

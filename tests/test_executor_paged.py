@@ -20,15 +20,20 @@ from tests.varlen_cases import Lengths
 pytestmark = pytest.mark.skipif(compiler_problem() is not None, reason=str(compiler_problem()))
 
 GOLDEN = [key for key in DISPATCH_TABLE if key.direction == "fwd" and key.paged]
-OTHERS = [  # of family fa2: every mask, packed heads, tokens innermost in K alone and in V alone, every cell's shared memory
-    DispatchKey.parse(f"fa2_fwd_{name}")
+OTHERS = [  # more masks, tokens innermost in K alone, in V alone, and in every cell's shared memory
+    DispatchKey.parse(name)
     for name in (
-        "sm80_f16_hdim64_varlen_window_alibi_sink_lsink_paged_kinner",
-        "sm80_bf16_hdim96_varlen_alibi_paged_offsets_f32out_gqa4",
-        "sm80_bf16_hdim80_causal_varlen_paged_vinner",
-        "sm86_bf16_hdim256_causal_varlen_paged_vinner",
-        "sm90a_f16_hdim192_varlen_window_paged_kinner_vinner_gqa5",
-        "sm120_bf16_hdim128_causal_varlen_window_paged",
+        "fa2_fwd_sm80_f16_hdim64_varlen_window_alibi_sink_lsink_paged_kinner",
+        "fa2_fwd_sm80_bf16_hdim96_varlen_alibi_paged_offsets_f32out_gqa4",
+        "fa2_fwd_sm80_bf16_hdim80_causal_varlen_paged_vinner",
+        "fa2_fwd_sm86_bf16_hdim256_causal_varlen_paged_vinner",
+        "fa2_fwd_sm90a_f16_hdim192_varlen_window_paged_kinner_vinner_gqa5",
+        "fa2_fwd_sm120_bf16_hdim128_causal_varlen_window_paged",
+        "fa3_fwd_sm90a_f16_hdim64_varlen_window_alibi_sink_lsink_paged_kinner",
+        "fa3_fwd_sm90a_bf16_hdim80_varlen_paged_vinner_gqa4",
+        "fa3_fwd_sm90a_f16_hdim96_causal_varlen_paged_kinner_vinner",
+        "fa3_fwd_sm90a_bf16_hdim192_causal_varlen_window_paged_vinner",
+        "fa3_fwd_sm90a_bf16_hdim256_varlen_alibi_paged_kinner_vinner_offsets_f32out",
     )
 ]
 SEEDS = (0, 1, 2)
