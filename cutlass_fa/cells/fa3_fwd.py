@@ -188,6 +188,25 @@ class Fa3FwdCell(SwizzledCell):
         return self.has_masked_steps or not self.has_own_overlap
 
     @property
+    def has_short_sinks(self) -> bool:
+        """Whether the last sink tokens take a short block of sink_tile keys."""
+        return self.has_sink
+
+    @property
+    def sink_tile(self) -> int:
+        """Keys of a short block: one step of P V."""
+        return MMA_K
+
+    @property
+    def sink_row(self) -> str:
+        """Which row of a stage holds the first key of a short block."""
+        return "0" if self.is_varlen else "kTileN - kSinkTile"
+
+    @property
+    def sink_blocks(self) -> str:
+        return "whole_sink_blocks(params, begin < n_block_end(params, query_end))"
+
+    @property
     def has_linear_bias(self) -> bool:
         """Whether the softmax adds ALiBi's bias: the two rows of a thread have one slope, as they have not where heads are packed."""
         return self.has_alibi and not self.is_packed
