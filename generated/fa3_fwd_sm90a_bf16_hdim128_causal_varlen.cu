@@ -236,7 +236,7 @@ CUTLASS_FA_DEVICE void produce(SharedStorage& shared, TensorMap const& map_q, Te
   PipelineState<kStages> k_pipe, v_pipe;
   PipelineState<kQStages> q_pipe;
   PipelineState<1> tile_pipe;
-  for (Tile tile = shared.tiles.get_alone(tile_pipe); tile.m_block >= 0; tile = shared.tiles.get_alone(tile_pipe)) {
+  for (Tile tile = shared.tiles.get(tile_pipe); tile.m_block >= 0; tile = shared.tiles.get(tile_pipe)) {
     Params const params = params_of(all, tile);
     int const kv_head = kv_head_of(params, tile);
     auto load_k = [&](int n_block) {
@@ -456,7 +456,7 @@ CUTLASS_FA_DEVICE void init_barriers(SharedStorage& shared) {
   init_ring(shared.q_full, shared.q_empty);
   init_ring(shared.k_full, shared.k_empty);
   init_ring(shared.v_full, shared.v_empty);
-  shared.tiles.init(kConsumerWarps + 1);
+  shared.tiles.init(kConsumerWarps, 1);
   fence_mbarrier_init();
 }
 

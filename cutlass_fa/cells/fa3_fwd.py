@@ -113,7 +113,8 @@ class Fa3FwdCell(SwizzledCell):
 
     @property
     def queue_readers(self) -> str:
-        return "kConsumerWarps + 1" if self.is_varlen else "kConsumerWarps"
+        """Warps, and threads by themselves."""
+        return "kConsumerWarps, 1" if self.is_varlen else "kConsumerWarps"
 
     @property
     def has_pointers_to_inputs(self) -> bool:
