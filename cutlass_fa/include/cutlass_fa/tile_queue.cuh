@@ -21,8 +21,11 @@ struct WorkQueue {
     empty.init(warps * kWarpSize + threads);
   }
 
+  // Until the item that was put last has been read.
+  CUTLASS_FA_DEVICE void wait_until_read(PipelineState<1> const& pipe) { empty.wait(pipe.parity() ^ 1); }
+
   CUTLASS_FA_DEVICE void put(PipelineState<1>& pipe, Item const& next) {
-    empty.wait(pipe.parity() ^ 1);
+    wait_until_read(pipe);
     item = next;
     full.arrive();
     pipe.advance();
