@@ -34,6 +34,8 @@ _PRESENCE_FLAGS = (
     ("learnable_sink", "a learned logit without a key in each row"),
     ("alibi", "ALiBi bias"),
     ("paged", "K and V in a paged cache"),
+    ("k_tokens_inner", "a cache of K whose tokens lie innermost in memory"),
+    ("v_tokens_inner", "a cache of V whose tokens lie innermost in memory"),
     ("softcap", "scores capped by a tanh"),
     ("dropout", "dropout of probabilities"),
     ("position_offset", "positions of the first query and key, as the call gives them"),

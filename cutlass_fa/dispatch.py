@@ -34,6 +34,8 @@ FLAG_WORDS = (
     ("sink", "sink"),
     ("learnable_sink", "lsink"),
     ("paged", "paged"),
+    ("k_tokens_inner", "kinner"),
+    ("v_tokens_inner", "vinner"),
     ("position_offset", "offsets"),
     ("softcap", "softcap"),
     ("dropout", "dropout"),
@@ -54,10 +56,12 @@ class DispatchKey:
     arch: NVRTC's name of the target, e.g. "sm_90a"; any from sm_80 on.
     dtype: element type of q and k: "f16", "bf16", "e4m3" or "e5m2".
     head_dim: the cell's head_dim, one of 64, 80, 96, 128, 192, 256 (`cell_head_dim` rounds up).
-    causal, varlen, sliding_window, alibi, sink, learnable_sink, paged, position_offset, softcap, dropout, float_out, deterministic, split,
-        rotary: presence flags. sink is of sink tokens, learnable_sink of logits without a key. position_offset: the call says where its
-        first query and key stand. float_out: out is written in float32. deterministic and split are the backward's: dq is summed in a
-        fixed order; dk and dv are sums of parts that several CTAs make. rotary: append_kv turns queries and new keys by their positions.
+    causal, varlen, sliding_window, alibi, sink, learnable_sink, paged, k_tokens_inner, v_tokens_inner, position_offset, softcap, dropout,
+        float_out, deterministic, split, rotary: presence flags. sink is of sink tokens, learnable_sink of logits without a key.
+        k_tokens_inner, v_tokens_inner: in a cache's memory the same column of a block's keys lies together, not a key's columns.
+        position_offset: the call says where its first query and key stand. float_out: out is written in float32. deterministic and split
+        are the backward's: dq is summed in a fixed order; dk and dv are sums of parts that several CTAs make. rotary: append_kv turns
+        queries and new keys by their positions.
     gqa_ratio: query heads packed into a tile's rows; 1 where heads are not packed (the ratio is then a runtime number).
     v_dtype: element type of v; "" (the default) means that of q and k.
     """
@@ -74,6 +78,8 @@ class DispatchKey:
     sink: bool = False
     learnable_sink: bool = False
     paged: bool = False
+    k_tokens_inner: bool = False
+    v_tokens_inner: bool = False
     position_offset: bool = False
     softcap: bool = False
     dropout: bool = False
@@ -187,7 +193,8 @@ class DispatchTable:
     def valid_keys(self) -> Iterator[DispatchKey]:
         """Every key of the tables' architectures that `lookup` serves with gqa_ratio 1, in a fixed order."""
         for (family, direction), flags in BUILT_FLAGS.items():
-            for arch, dtype, head_dim in product(ARCHS, DTYPES, CELL_HEAD_DIMS):
+            archs = ARCHS if family == "fa2" else ("sm_90a",)
+            for arch, dtype, head_dim in product(archs, DTYPES, CELL_HEAD_DIMS):
                 for present in product((False, True), repeat=len(flags)):
                     chosen: dict[str, Any] = dict(zip(flags, present, strict=True))
                     key = DispatchKey(family, direction, arch, dtype, head_dim, **chosen)
@@ -196,11 +203,12 @@ class DispatchTable:
 
 
 _MASKS = ("causal", "varlen", "sliding_window", "alibi", "sink")
+_CACHE = ("paged", "k_tokens_inner", "v_tokens_inner")
 
 # What has a template: (family, direction) -> the presence flags that it knows.
 BUILT_FLAGS: dict[tuple[str, str], tuple[str, ...]] = {
     ("fa2", "fwd"): (*_MASKS, "learnable_sink", "position_offset", "softcap", "dropout", "float_out"),
-    ("fa3", "fwd"): (*_MASKS, "learnable_sink", "paged", "position_offset", "softcap", "float_out"),
+    ("fa3", "fwd"): (*_MASKS, "learnable_sink", *_CACHE, "position_offset", "softcap", "float_out"),
     ("fa2", "bwd"): (*_MASKS, "position_offset", "softcap", "dropout", "deterministic", "split"),
     ("fa2", "bwd_preprocess"): ("varlen", "learnable_sink"),
     ("fa2", "bwd_convert"): ("varlen", "split"),
@@ -230,6 +238,10 @@ def _semantic_reasons(key: DispatchKey) -> list[str]:
         (key.paged and backward, "a paged cache has no backward"),
         (key.paged and not key.varlen, "the sequences of a cache are of different lengths: paged needs varlen"),
         (key.paged and key.dropout, "dropout is of training, and a cache of inference"),
+        (
+            (key.k_tokens_inner or key.v_tokens_inner) and not key.paged,
+            "only a cache may have its tokens innermost: k and v of other calls need a contiguous last dimension",
+        ),
         (
             key.position_offset and not (key.causal or key.sliding_window or key.alibi),
             "offsets move a causal mask, a window or ALiBi; without one of them no score depends on positions",
@@ -318,6 +330,7 @@ DISPATCH_TABLE = DispatchTable(
         _fa3_fwd("bf16", 128, causal=True, alibi=True, position_offset=True, float_out=True),
         _fa3_fwd("bf16", 64, causal=True, sliding_window=True, learnable_sink=True),
         _fa3_fwd("bf16", 128, causal=True, varlen=True, paged=True, gqa_ratio=4),
+        _fa3_fwd("bf16", 128, causal=True, varlen=True, paged=True, k_tokens_inner=True, v_tokens_inner=True),
         _fa2_fwd("sm_80", "bf16", 128),
         _fa2_fwd("sm_80", "bf16", 128, causal=True),
         _fa2_fwd("sm_80", "f16", 128, causal=True),

@@ -25,7 +25,8 @@ _SWIZZLE_UNIT_BYTES = 16
 _SWIZZLE_ROWS = 8  # the swizzle repeats every 8 * swizzle_bytes bytes: 8 rows at a pitch of swizzle_bytes
 _TMA_MAX_BOX = 256  # elements along each dimension of a TMA box
 _ADDRESS_MASK = 0x3FFFF
-_LAYOUT_TYPES = {128: 1, 64: 2, 32: 3}
+_LAYOUT_TYPES = {128: 1, 64: 2, 32: 3, 0: 0}  # by the bytes of the swizzle
+_SWIZZLES = (32, 64, 128)
 
 
 def _check_index(name: str, value: int, stop: int) -> None:
@@ -38,11 +39,11 @@ class MatrixDescriptor:
     """The fields of a wgmma matrix descriptor that do not depend on where the matrix starts.
 
     Attributes:
-        leading_byte_offset: multiple of 16, in [0, 2**18). K-major: ignored by the hardware (the layouts here
-            are swizzled). MN-major: bytes from one chunk of swizzle_bytes along M or N to the next.
+        leading_byte_offset: multiple of 16, in [0, 2**18). K-major: ignored by the hardware where the layout is swizzled. MN-major:
+            bytes from one chunk of swizzle_bytes along M or N to the next. Without swizzle: bytes from 8 elements of K to the next 8.
         stride_byte_offset: multiple of 16, in [0, 2**18). K-major: bytes from 8 rows of M or N to the next 8.
-            MN-major: bytes from 8 rows of K to the next 8.
-        swizzle_bytes: 32, 64 or 128.
+            MN-major: bytes from 8 rows of K to the next 8; without swizzle as K-major.
+        swizzle_bytes: 32, 64 or 128, or 0: none.
 
     The base offset field is zero, so the tile must start at a multiple of SwizzledTile.alignment.
     Raises ValueError for a field that the format cannot hold.
@@ -55,7 +56,7 @@ class MatrixDescriptor:
 
     def __post_init__(self) -> None:
         if self.swizzle_bytes not in _LAYOUT_TYPES:
-            raise ValueError(f"swizzle_bytes must be 32, 64 or 128, not {self.swizzle_bytes}")
+            raise ValueError(f"swizzle_bytes must be 0, 32, 64 or 128, not {self.swizzle_bytes}")
         for name in ("leading_byte_offset", "stride_byte_offset"):
             value = getattr(self, name)
             if value % 16 or not 0 <= value <= _ADDRESS_MASK:
@@ -100,7 +101,7 @@ class SwizzledTile:
     element_bytes: int = 2
 
     def __post_init__(self) -> None:
-        if self.swizzle_bytes not in _LAYOUT_TYPES:
+        if self.swizzle_bytes not in _SWIZZLES:
             raise ValueError(f"swizzle_bytes must be 32, 64 or 128, not {self.swizzle_bytes}")
         if self.element_bytes not in (1, 2, 4):
             raise ValueError(f"element_bytes must be 1, 2 or 4, not {self.element_bytes}")
@@ -212,6 +213,60 @@ class SwizzledTile:
             raise ValueError(f"an MN-major operand needs 16-bit elements, not {8 * self.element_bytes}-bit")
         if self.rows % WGMMA_K:
             raise ValueError(f"an MN-major operand needs a multiple of {WGMMA_K} rows, not {self.rows}")
+
+
+@dataclass(frozen=True)
+class KeyGroupTile:
+    """A (keys, cols) tile of 16-bit elements whose global matrix has the same column of neighbouring keys together, not a key's columns.
+
+    Groups of 8 keys, one TMA box of (cols, 8 keys) each and without swizzle, lie one after the other: in a group, every column has 16
+    bytes, its 8 keys, and columns follow each other. wgmma reads that as an operand without swizzle, whose 8 x 8 blocks are then 128
+    bytes in one piece, whichever of its sides is summed over. A box of 8 keys fits every page of a cache.
+
+    keys: a multiple of 16. cols: a multiple of 16, at most 256 (a TMA box). Raises ValueError for anything else.
+    """
+
+    keys: int
+    cols: int
+
+    def __post_init__(self) -> None:
+        if self.keys <= 0 or self.keys % WGMMA_K:
+            raise ValueError(f"keys must be a positive multiple of {WGMMA_K}, not {self.keys}")
+        if self.cols % WGMMA_K or not 0 < self.cols <= _TMA_MAX_BOX:
+            raise ValueError(f"cols must be a multiple of {WGMMA_K} in [{WGMMA_K}, {_TMA_MAX_BOX}], not {self.cols}")
+
+    @property
+    def group_bytes(self) -> int:
+        """Of 8 keys, and from one group to the next."""
+        return self.cols * _SWIZZLE_UNIT_BYTES
+
+    @property
+    def size_bytes(self) -> int:
+        return self.keys // 8 * self.group_bytes
+
+    def byte_offset(self, key: int, col: int) -> int:
+        """Of element (key, col) from the start of the tile. Raises ValueError outside it."""
+        _check_index("key", key, self.keys)
+        _check_index("col", col, self.cols)
+        return key // 8 * self.group_bytes + col * _SWIZZLE_UNIT_BYTES + key % 8 * 2
+
+    def mn_major_descriptor(self) -> MatrixDescriptor:
+        """Descriptor of the tile as an operand whose K dimension is its columns, N its keys (K in Q K^T)."""
+        return MatrixDescriptor(8 * _SWIZZLE_UNIT_BYTES, self.group_bytes, 0)
+
+    def k_major_descriptor(self) -> MatrixDescriptor:
+        """Descriptor of the tile as an operand whose K dimension is its keys, N its columns (V in P V)."""
+        return MatrixDescriptor(self.group_bytes, 8 * _SWIZZLE_UNIT_BYTES, 0)
+
+    @property
+    def column_step_bytes(self) -> int:
+        """From one 16 columns, a wgmma's share of K as columns, to the next."""
+        return WGMMA_K * _SWIZZLE_UNIT_BYTES
+
+    @property
+    def key_step_bytes(self) -> int:
+        """From one 16 keys, a wgmma's share of K as keys, to the next."""
+        return WGMMA_K // 8 * self.group_bytes
 
 
 def _fragment_coordinates(thread: int, value: int) -> tuple[int, int]:

@@ -71,16 +71,16 @@ CACHED_SEQUENCES = (
     ParamField("cache_leftpad", "int*", "(batch,) keys before a sequence's first that are padding, or null: none"),
 )
 BLOCK_TABLE_STRIDE = ParamField("block_table_stride", "int64_t", "elements")
-_PAGES = (
-    ParamField("num_pages", "int", "pages of the paged cache, of page_size keys each"),
-    ParamField("page_size", "int", "keys of a page"),
-)
-_PAGE_BOXES = (
-    ParamField("rows_of_box", "int", "keys that one copy brings: they lie in one page"),
+_NUM_PAGES = ParamField("num_pages", "int", "pages of the paged cache, of page_size keys each")
+_PAGE_SIZE = ParamField("page_size", "int", "keys of a page")
+_ROWS_OF_BOX = ParamField("rows_of_box", "int", "keys that one copy brings: they lie in one page")
+_K_PAGE_STEPS = (
     ParamField("k_page_step", "int", "from one page to the next in the map of k, in its units of rows"),
     ParamField("k_row_step", "int", "from one key to the next"),
-    ParamField("v_page_step", "int", "the same of v"),
-    ParamField("v_row_step", "int", "the same of v"),
+)
+_V_PAGE_STEPS = (
+    ParamField("v_page_step", "int", "from one page to the next in the map of v, in its units of rows"),
+    ParamField("v_row_step", "int", "from one key to the next"),
 )
 KEY_BLOCK_LIST = ParamField("tile_list", "int*", "every sequence's blocks of keys, heaviest first (sequences.cuh)")
 _TILE_LIST = ParamField("tile_list", "int*", "every sequence's query blocks, heaviest first (sequences.cuh)")
@@ -147,8 +147,14 @@ def fa3_fwd_params(key: DispatchKey, dynamic_scheduler: bool) -> tuple[ParamFiel
     heads = _NUM_HEADS_KV if key.gqa_ratio > 1 else _HEADS_PER_KV_HEAD
     pointers = (*_outputs(key), *(_TILE_COUNTER,) * dynamic_scheduler, *_extra_addresses(key))
     wide = (*pointers, *strides("o")) + (ALIBI_STRIDE,) * key.alibi + (BLOCK_TABLE_STRIDE,) * key.paged
-    sizes = (_PACKED_SIZES if key.varlen else _FORWARD_SIZES) + (*_PAGES, *_PAGE_BOXES) * key.paged
+    sizes = (_PACKED_SIZES if key.varlen else _FORWARD_SIZES) + _page_sizes(key) * key.paged
     return (*wide, *sizes, *scale_params(key), heads, *_forward_features(key))
+
+
+def _page_sizes(key: DispatchKey) -> tuple[ParamField, ...]:
+    """Of a cache's pages; where tokens are innermost, tensor maps know more, and copies are of 8 keys."""
+    steps = _K_PAGE_STEPS * (not key.k_tokens_inner) + _V_PAGE_STEPS * (not key.v_tokens_inner)
+    return (_NUM_PAGES,) * bool(steps) + (_PAGE_SIZE,) + (_ROWS_OF_BOX,) * bool(steps) + steps
 
 
 def fa2_fwd_params(key: DispatchKey) -> tuple[ParamField, ...]:

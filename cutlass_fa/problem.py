@@ -96,7 +96,11 @@ class Problem:
         request = forward_request(
             family,
             persistent,
-            **(cached_sizes_of(q, k, extras, max_seqlen_q, batch_shape) if cached else sizes_of(q, k, extras, max_seqlen_q, max_seqlen_k)),
+            **(
+                cached_sizes_of(q, k, v, extras, max_seqlen_q, batch_shape)
+                if cached
+                else sizes_of(q, k, extras, max_seqlen_q, max_seqlen_k)
+            ),
             num_heads_q=num_heads_q,
             num_heads_kv=k.shape[2],
             head_dim=head_dim,
@@ -121,9 +125,11 @@ class Problem:
             raise InvalidArgument(f"out has dtype {out.dtype}: expected float32, as out_dtype says")
         check_out(out, like)
         for name, spec in (("q", q), ("k", k), ("v", v), ("out", out)):
-            check_strides(name, spec)
+            check_strides(name, spec, cached and name in ("k", "v") and has_tokens_inner(spec))
             check_device(name, spec, q)
         extras.check(q, request.batch)
+        if request.kv_cache is not None:
+            check_padding(request.kv_cache, extras)
         return cls(request, q, k, v, out, extras, batch_shape)
 
 
@@ -149,15 +155,16 @@ def sizes_of(q: ArraySpec, k: ArraySpec, extras: ExtraSpecs, max_seqlen_q: int |
 
 
 def cached_sizes_of(
-    q: ArraySpec, k: ArraySpec, extras: ExtraSpecs, max_seqlen_q: int | None, batch_shape: tuple[int, int] | None
+    q: ArraySpec, k: ArraySpec, v: ArraySpec, extras: ExtraSpecs, max_seqlen_q: int | None, batch_shape: tuple[int, int] | None
 ) -> dict[str, Any]:
-    """The same where k is a cache's pages and q one sequence of all rows."""
+    """The same where k and v are a cache's pages and q one sequence of all rows."""
     batch, total_q = extras.num_cached_sequences(k.shape[0] if batch_shape is None else batch_shape[0]), q.shape[1]
     if batch_shape is not None:
         if batch != batch_shape[0]:
             raise InvalidArgument(f"q has batch {batch_shape[0]} and the cache's lengths or table have {batch} rows: they must agree")
         max_seqlen_q = batch_shape[1]
     cache = kv_cache_of(k, extras.block_table, batch)
+    cache = replace(cache, k_tokens_inner=has_tokens_inner(k), v_tokens_inner=has_tokens_inner(v))
     longest = total_q if max_seqlen_q is None else min(max_seqlen_q, total_q)
     rows = CumulativeSeqlens(total_q, batch * cache.capacity)
     return {"batch": batch, "seqlen_q": longest, "seqlen_k": cache.capacity, "cu_seqlens": rows, "kv_cache": cache}
@@ -185,6 +192,20 @@ def rows_of_batch(name: str, spec: ArraySpec) -> ArraySpec:
             f"of {by_row} elements apart; copy {name} to a contiguous array, or pass it packed with cu_seqlens_q"
         )
     return ArraySpec((1, batch * seqlen, *others), (0, step, *of_others), spec.dtype, spec.device)
+
+
+def has_tokens_inner(pages: ArraySpec) -> bool:
+    """Whether the memory of a cache (num_blocks, block_size, num_heads_kv, head_dim) has tokens innermost, not the columns of one."""
+    return pages.strides[3] != 1 and pages.strides[1] == 1
+
+
+def check_padding(cache: KvCache, extras: ExtraSpecs) -> None:
+    """Raises InvalidArgument for padding in front of keys where tokens are innermost."""
+    if extras.cache_leftpad is not None and (cache.k_tokens_inner or cache.v_tokens_inner):
+        raise InvalidArgument(
+            "cache_leftpad with a cache whose tokens are innermost: kernels load its keys in groups of 8, which the first key must begin; "
+            "move each sequence to the front of its cache, or keep the cache as (..., num_heads_kv, head_dim)"
+        )
 
 
 def one_sequence(spec: ArraySpec) -> ArraySpec:
@@ -237,13 +258,15 @@ def check_out(out: ArraySpec, q: ArraySpec, name: str = "out", like: str = "q", 
         raise InvalidArgument(f"{name} has strides {out.strides}: a stride of 0 would have several results written to one place")
 
 
-def check_strides(name: str, spec: ArraySpec) -> None:
-    """Raises InvalidArgument unless the last dimension is contiguous and the others step by multiples of 16 bytes."""
-    if spec.strides[3] != 1:
+def check_strides(name: str, spec: ArraySpec, tokens_inner: bool = False) -> None:
+    """Raises InvalidArgument unless the last dimension, or with tokens_inner that of tokens, is contiguous and the others step by multiples
+    of 16 bytes."""
+    if spec.strides[3] != 1 and not tokens_inner:
         raise InvalidArgument(f"{name} has strides {spec.strides} (elements): the last dimension must be contiguous (stride 1)")
     step = ALIGNMENT_BYTES // _ELEMENT_BYTES.get(spec.dtype, 2)
-    for axis, (stride, extent) in enumerate(zip(spec.strides[:3], spec.shape[:3], strict=True)):
-        if extent > 1 and (stride < 0 or stride % step):
+    contiguous = 1 if tokens_inner else 3
+    for axis, (stride, extent) in enumerate(zip(spec.strides, spec.shape, strict=True)):
+        if axis != contiguous and extent > 1 and (stride < 0 or stride % step):
             raise InvalidArgument(
                 f"{name} has strides {spec.strides} (elements): the stride of dimension {axis} must be a non-negative multiple of {step} "
                 f"({ALIGNMENT_BYTES} bytes); copy {name} to a contiguous array"

@@ -259,6 +259,8 @@ class AttentionRequest:
             causal=self.mask.causal,
             varlen=self.cu_seqlens is not None,
             paged=self.kv_cache is not None,
+            k_tokens_inner=self.kv_cache is not None and self.kv_cache.k_tokens_inner,
+            v_tokens_inner=self.kv_cache is not None and self.kv_cache.v_tokens_inner,
             sliding_window=self.mask.is_sliding,
             alibi=self.position_bias.alibi,
             sink=self.sink_tokens > 0 and self.mask.is_sliding,  # a causal mask alone shows them anyway

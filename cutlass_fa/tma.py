@@ -5,14 +5,16 @@ Encoding costs the driver some 13 us, so a map is encoded once per (address, sha
 
 from __future__ import annotations
 
+import ctypes
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from .arrays import ArraySpec
 from .errors import InvalidArgument, LaunchError
+from .kv_cache import KEY_GROUP
 
 _ELEMENT_BYTES = 2
+_MAP_BYTES = 128
 SEQUENCE_EDGE = 1 << 30  # kSequenceEdge of the kernels
 _MAX_MAPS = 1024  # addresses remembered per geometry: a caller that never reuses memory must not fill the host's
 
@@ -22,7 +24,7 @@ class TensorMapGeometry:
     """Everything about a map but the address, dimensions innermost first as the driver counts them.
 
     extents, box: elements. strides: elements, of every dimension but the innermost, which is contiguous. The box is stored in shared
-    memory with a swizzle as wide as its rows (box[0] * 2 bytes).
+    memory with a swizzle as wide as its rows (box[0] * 2 bytes), or none where they are 16 bytes.
     """
 
     extents: tuple[int, ...]
@@ -75,6 +77,21 @@ class TensorMapGeometry:
         return cls._legal(extents, strides, (columns, rows, 1, 1, 1), spec.dtype)
 
     @classmethod
+    def of_key_groups(cls, spec: ArraySpec, keys: int, columns: int) -> TensorMapGeometry:
+        """Pages (num_pages, page_size, heads, head_dim) whose tokens are innermost, in boxes of 8 keys of one head, of which all behind the
+        first `keys` arrive as zeros: the array seems to end there in each group. Dimensions (key in group, column, group, head, page)."""
+        num_pages, page_size, heads, head_dim = spec.shape
+        by_page, _, by_head, by_column = spec.strides
+        extents = (keys, head_dim, page_size // KEY_GROUP, heads, num_pages)
+        return cls._legal(extents, (by_column, KEY_GROUP, by_head, by_page), (KEY_GROUP, columns, 1, 1, 1), spec.dtype)
+
+    @property
+    def swizzle_bytes(self) -> int:
+        """Of the box in shared memory."""
+        row_bytes = self.box[0] * _ELEMENT_BYTES
+        return row_bytes if row_bytes > 16 else 0
+
+    @classmethod
     def _legal(cls, extents: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...], dtype: str) -> TensorMapGeometry:
         """A dimension of extent 1 gets a stride of 16 bytes: its own is never used and may be one that the driver refuses."""
         used = zip(strides, extents[1:], strict=True)
@@ -104,31 +121,33 @@ def _page_unit(spec: ArraySpec) -> int:
 
 
 class TensorMaps(dict[tuple[int, ...], tuple[int, ...]]):
-    """The maps of a kernel's arrays, each of one geometry: device addresses of the arrays -> host addresses of the maps, encoded where they
-    are first asked for and valid until the next question. Raises LaunchError when the driver refuses a geometry.
+    """The maps of a kernel's arrays, of one or several geometries each: device addresses of the arrays -> host addresses of the maps, an
+    array's one after the other, encoded where they are first asked for and valid until the next question. Raises LaunchError when the
+    driver refuses a geometry.
 
     A dict, because every launch asks. Not thread-safe: its owner (a launch plan) holds a lock."""
 
-    def __init__(self, *geometries: TensorMapGeometry) -> None:
+    def __init__(self, *geometries: tuple[TensorMapGeometry, ...]) -> None:
         super().__init__()
         self._geometries = geometries
-        self._maps: tuple[dict[int, Any], ...] = tuple({} for _ in geometries)
+        self._maps: tuple[dict[int, ctypes.Array[ctypes.c_char]], ...] = tuple({} for _ in geometries)
 
     def __missing__(self, pointers: tuple[int, ...]) -> tuple[int, ...]:
         if len(self) >= _MAX_MAPS:
             self.clear()
             for maps in self._maps:
                 maps.clear()
-        for geometry, maps, pointer in zip(self._geometries, self._maps, pointers, strict=True):
+        for geometries, maps, pointer in zip(self._geometries, self._maps, pointers, strict=True):
             if pointer not in maps:
-                maps[pointer] = encode(geometry, pointer)
-        found = tuple(int(maps[pointer].getPtr()) for maps, pointer in zip(self._maps, pointers, strict=True))
+                encoded = b"".join(encode(geometry, pointer) for geometry in geometries)
+                maps[pointer] = ctypes.create_string_buffer(encoded, len(encoded))
+        found = tuple(ctypes.addressof(maps[pointer]) for maps, pointer in zip(self._maps, pointers, strict=True))
         self[pointers] = found
         return found
 
 
-def encode(geometry: TensorMapGeometry, pointer: int) -> Any:
-    """A CUtensorMap; elements outside the array read as zero."""
+def encode(geometry: TensorMapGeometry, pointer: int) -> bytes:
+    """The 128 bytes of a CUtensorMap; elements outside the array read as zero."""
     from cuda.bindings import driver
 
     u64, u32 = driver.cuuint64_t, driver.cuuint32_t
@@ -138,7 +157,8 @@ def encode(geometry: TensorMapGeometry, pointer: int) -> Any:
         128: swizzles.CU_TENSOR_MAP_SWIZZLE_128B,
         64: swizzles.CU_TENSOR_MAP_SWIZZLE_64B,
         32: swizzles.CU_TENSOR_MAP_SWIZZLE_32B,
-    }[geometry.box[0] * _ELEMENT_BYTES]
+        0: swizzles.CU_TENSOR_MAP_SWIZZLE_NONE,
+    }[geometry.swizzle_bytes]
     error, tensor_map = driver.cuTensorMapEncodeTiled(
         {"bf16": types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, "f16": types.CU_TENSOR_MAP_DATA_TYPE_FLOAT16}[geometry.dtype],
         len(geometry.extents),
@@ -154,4 +174,4 @@ def encode(geometry: TensorMapGeometry, pointer: int) -> Any:
     )
     if error != driver.CUresult.CUDA_SUCCESS:
         raise LaunchError(f"cuTensorMapEncodeTiled: {error.name} for {geometry} at address {pointer:#x}")
-    return tensor_map
+    return ctypes.string_at(int(tensor_map.getPtr()), _MAP_BYTES)

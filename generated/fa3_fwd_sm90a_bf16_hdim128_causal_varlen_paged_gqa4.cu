@@ -71,8 +71,8 @@ struct Params {
   int rows_of_box;  // keys that one copy brings: they lie in one page
   int k_page_step;  // from one page to the next in the map of k, in its units of rows
   int k_row_step;  // from one key to the next
-  int v_page_step;  // the same of v
-  int v_row_step;  // the same of v
+  int v_page_step;  // from one page to the next in the map of v, in its units of rows
+  int v_row_step;  // from one key to the next
   float softmax_scale_log2;  // softmax_scale * log2(e)
   int num_heads_kv;  // key heads, the heads of the work list
   int heads_per_section;  // (batch, head) pairs of the work list whose K and V share the L2 cache
@@ -160,7 +160,6 @@ CUTLASS_FA_DEVICE void load_q(TensorMap const& map, Mbarrier& full, char* destin
   }
 }
 
-constexpr int kSequenceEdge = 1 << 30;  // tma.py's
 // The arguments of the tile's sequence alone: all that follows takes them for those of the call.
 CUTLASS_FA_DEVICE Params params_of(Params const& all, Tile const& tile) {
   Params params = all;
@@ -205,6 +204,8 @@ CUTLASS_FA_DEVICE void apply_mask(float (&acc_s)[kTileN / 2], int const (&limit)
     }
   }
 }
+
+constexpr int kSequenceEdge = 1 << 30;  // tma.py's
 
 // In one array's map: from one page to the next and from one key to the next.
 struct PageSteps {

@@ -134,7 +134,6 @@ CUTLASS_FA_DEVICE void load_q(TensorMap const& map, Mbarrier& full, char* destin
   }
 }
 
-constexpr int kSequenceEdge = 1 << 30;  // tma.py's
 // The arguments of the tile's sequence alone: all that follows takes them for those of the call.
 CUTLASS_FA_DEVICE Params params_of(Params const& all, Tile const& tile) {
   Params params = all;
@@ -176,6 +175,8 @@ CUTLASS_FA_DEVICE void apply_mask(float (&acc_s)[kTileN / 2], int const (&limit)
     }
   }
 }
+
+constexpr int kSequenceEdge = 1 << 30;  // tma.py's
 
 // kTileN keys of K or V of one sequence. The map counts a sequence's rows so that its last comes right before the array's edge (tma.py):
 // keys behind it arrive as zeros, whatever lies there.

@@ -144,7 +144,6 @@ CUTLASS_FA_DEVICE void load_q(TensorMap const& map, Mbarrier& full, char* destin
   }
 }
 
-constexpr int kSequenceEdge = 1 << 30;  // tma.py's
 // The arguments of the tile's sequence alone: all that follows takes them for those of the call.
 CUTLASS_FA_DEVICE Params params_of(Params const& all, Tile const& tile) {
   Params params = all;
@@ -252,6 +251,8 @@ CUTLASS_FA_DEVICE void subtract_bias(float (&acc_s)[kSize], Params const& params
     for (int i = 0; i < kSize / 2; ++i) { acc_s[4 * (i / 2) + 2 * r + i % 2] -= bias_of(slope[r], first, i / 2 * 8 + i % 2); }
   }
 }
+
+constexpr int kSequenceEdge = 1 << 30;  // tma.py's
 
 // kTileN keys of K or V of one sequence. The map counts a sequence's rows so that its last comes right before the array's edge (tma.py):
 // keys behind it arrive as zeros, whatever lies there.

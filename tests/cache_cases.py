@@ -8,17 +8,20 @@ from typing import Any
 
 import numpy as np
 
+from cutlass_fa.dispatch import DispatchKey
 from tests.numerics import random_array
 
 LAYOUTS = {  # name -> the order in memory of (block, key, head, column)
     "rows": (0, 1, 2, 3),
     "heads": (0, 2, 1, 3),
+    "tokens": (0, 2, 3, 1),
 }
 
 
 @dataclass(frozen=True)
 class CacheCase:
-    """Queries and keys of each sequence; block_size 0: a contiguous cache. layout: of K and V. padding: keys before a sequence's first."""
+    """Queries and keys of each sequence; block_size 0: a contiguous cache. layout: of K and V, or "K/V". padding: keys before a sequence's
+    first."""
 
     name: str
     pairs: tuple[tuple[int, int], ...]
@@ -39,13 +42,23 @@ class CacheCase:
     def total_q(self) -> int:
         return max(sum(q for q, _ in self.pairs), 1)
 
+    @property
+    def layouts(self) -> tuple[str, str]:
+        """Of K and of V."""
+        k, _, v = self.layout.partition("/")
+        return k, v or k
+
+    def serves(self, key: DispatchKey) -> bool:
+        """Whether kernels of the key take caches of these layouts."""
+        return tuple(layout == "tokens" for layout in self.layouts) == (key.k_tokens_inner, key.v_tokens_inner)
+
     def make(self, xp: ModuleType, rng: Any, heads: tuple[int, int], head_dim: int, dtype: Any) -> Cache:
         """Fresh arrays. heads: of q, and of k and v."""
         q = random_array(xp, rng, (self.total_q, heads[0], head_dim), dtype)
         lengths = [k for _, k in self.pairs]
         k, v = (random_array(xp, rng, (max(sum(lengths), 1), heads[1], head_dim), dtype) for _ in "kv")
         table, places, shape = self._paged(rng) if self.block_size else self._contiguous()
-        caches = [self._empty(xp, shape, heads[1], head_dim, dtype) for _ in "kv"]
+        caches = [self._empty(xp, layout, shape, heads[1], head_dim, dtype) for layout in self.layouts]
         starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         for sequence, length in enumerate(lengths):
             rows = slice(int(starts[sequence]), int(starts[sequence]) + length)
@@ -66,9 +79,9 @@ class CacheCase:
             extras["cache_leftpad"] = xp.asarray(np.array(self.padding, np.int32))
         return Cache(q, k, v, caches[0], caches[1], extras, {"cu_seqlens_q": extras["cu_seqlens_q"], "cu_seqlens_k": xp.asarray(starts)})
 
-    def _empty(self, xp: ModuleType, shape: tuple[int, int], heads: int, head_dim: int, dtype: Any) -> Any:
+    def _empty(self, xp: ModuleType, layout: str, shape: tuple[int, int], heads: int, head_dim: int, dtype: Any) -> Any:
         """NaN everywhere, (block, key, head, column) as a view of the layout's memory."""
-        order = LAYOUTS[self.layout]
+        order = LAYOUTS[layout]
         extents = (*shape, heads, head_dim)
         memory = xp.full(tuple(extents[axis] for axis in order), np.nan, np.float32).astype(dtype)
         return memory.transpose(tuple(order.index(axis) for axis in range(4)))
@@ -95,6 +108,7 @@ class CacheCase:
         padding = self.padding or (0,) * self.batch
         index = self.batch_index or tuple(range(self.batch))
         rows = max(length + pad for (_, length), pad in zip(self.pairs, padding, strict=True)) + 5
+        rows += -rows % 8  # what a cache whose tokens are innermost needs
         places = [
             (np.full(length, place), np.arange(length) + pad) for (_, length), pad, place in zip(self.pairs, padding, index, strict=True)
         ]
@@ -116,12 +130,19 @@ class Cache:
     packed: dict[str, Any]
 
 
+RAGGED = ((1, 9), (70, 300), (5, 0), (0, 40), (130, 131))
 PAGED_CASES = (
     *(
-        CacheCase(f"page{size}-{layout}", ((1, 9), (70, 300), (5, 0), (0, 40), (130, 131)), size, layout)
+        CacheCase(f"page{size}-{layout}", RAGGED, size, layout)
         for size, layout in ((8, "rows"), (16, "heads"), (32, "rows"), (64, "heads"), (128, "rows"), (256, "heads"))
     ),
     CacheCase("shared", ((3, 100), (2, 40), (1, 150)), 16, shared=True),
     CacheCase("contiguous", ((1, 9), (70, 300), (5, 0), (130, 131))),
     CacheCase("contiguous-heads-padding-index", ((1, 9), (70, 200), (5, 133)), 0, "heads", padding=(3, 20, 150), batch_index=(4, 0, 2)),
+    *(CacheCase(f"page{size}-tokens", RAGGED, size, "tokens") for size in (8, 32, 64, 256)),
+    CacheCase("shared-tokens", ((3, 100), (2, 40), (1, 150)), 16, "tokens", shared=True),
+    CacheCase("contiguous-tokens-index", ((1, 9), (70, 200), (5, 133)), 0, "tokens", batch_index=(4, 0, 2)),
+    CacheCase("page16-tokens-rows", RAGGED, 16, "tokens/rows"),
+    CacheCase("page128-heads-tokens", RAGGED, 128, "heads/tokens"),
+    CacheCase("contiguous-rows-tokens", ((1, 9), (70, 300), (5, 0), (130, 131)), 0, "rows/tokens"),
 )

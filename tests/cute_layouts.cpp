@@ -41,7 +41,8 @@ template <int SwizzleBytes, Major major>
 constexpr auto layout_atom() {
   if constexpr (SwizzleBytes == 128) return GMMA::Layout_SW128_Atom<Element, major>{};
   else if constexpr (SwizzleBytes == 64) return GMMA::Layout_SW64_Atom<Element, major>{};
-  else return GMMA::Layout_SW32_Atom<Element, major>{};
+  else if constexpr (SwizzleBytes == 32) return GMMA::Layout_SW32_Atom<Element, major>{};
+  else return GMMA::Layout_INTER_Atom<Element, major>{};
 }
 
 // A tile in shared memory, indexed (row, col) when K-major and (col, row) when MN-major; stages, if any, come last.
@@ -134,6 +135,10 @@ int main() {
   write_tiles<256, 128>(Rows{});
   write_tiles<96, 64>(Rows{});  // head_dim 96, and 80 padded to whole chunks
   write_tiles<64, 32>(Rows{});
+  // Tiles whose keys are contiguous: (column, key).
+  using HeadDims = std::integer_sequence<int, 64, 80, 96, 128, 192, 256>;
+  write_tiles<128, 0>(HeadDims{});
+  write_tiles<64, 0>(HeadDims{});
   write_accumulators<64, 80, 96, 112, 128, 144, 160, 176, 192, 256>();
   write_ownership(kOperandA, 16, GMMA::ALayout_64x16{});
   using MmaTraits = MMA_Traits<SM80_16x8x16_F32BF16BF16F32_TN>;

@@ -32,7 +32,8 @@ def line_limit(key: DispatchKey) -> int:
 @lru_cache(maxsize=1)
 def sampled_keys() -> tuple[DispatchKey, ...]:
     """Those of each (family, direction), and every golden one. Sink tokens without a window, and offsets without a mask that
-    they move, which no kernel has, get the window and the mask; other combinations that no kernel has get what it has."""
+    they move, which no kernel has, get the window and the mask, tokens innermost the cache that they are of; other combinations that no
+    kernel has get what it has."""
     keys = set(DISPATCH_TABLE)
     for (family, direction), flags in BUILT_FLAGS.items():
         factors: dict[str, Any] = {"arch": ARCHS if family == "fa2" else ("sm_90a",), "dtype": ("f16", "bf16"), "head_dim": CELL_HEAD_DIMS}
@@ -40,6 +41,8 @@ def sampled_keys() -> tuple[DispatchKey, ...]:
             chosen["sliding_window"] = chosen.get("sliding_window", False) or chosen.get("sink", False)
             if chosen.get("position_offset", False) and not (chosen["sliding_window"] or chosen["alibi"]):
                 chosen["causal"] = True
+            if chosen.get("k_tokens_inner", False) or chosen.get("v_tokens_inner", False):
+                chosen["paged"] = True
             if chosen.get("paged", False):
                 chosen["varlen"] = True
             if direction == "sequence_tiles":  # one kernel serves all

@@ -48,7 +48,7 @@ def test_names_parse_back_and_are_unique() -> None:
 def test_name_leaves_out_defaults() -> None:
     assert str(BASE) == "fa3_fwd_sm90a_bf16_hdim128"
     full = DispatchKey("fa3", "fwd", "sm_90a", "e4m3", 64, gqa_ratio=4, v_dtype="e5m2", **{field: True for field, _ in FLAG_WORDS})
-    words = "causal_varlen_window_alibi_sink_lsink_paged_offsets_softcap_dropout_f32out_deterministic_split_rotary"
+    words = "causal_varlen_window_alibi_sink_lsink_paged_kinner_vinner_offsets_softcap_dropout_f32out_deterministic_split_rotary"
     assert str(full) == f"fa3_fwd_sm90a_e4m3_ve5m2_hdim64_{words}_gqa4"
     assert str(DispatchKey("fa2", "bwd_preprocess", "sm_80", "bf16", 128)) == "fa2_bwd_preprocess_sm80_bf16_hdim128"
 
@@ -92,6 +92,8 @@ def test_key_refuses_unknown_words() -> None:
         ({"gqa_ratio": 128}, "gqa_ratio 128"),
         ({"direction": "bwd", "dtype": "e4m3", "v_dtype": "e4m3"}, "no fp8 backward"),
         ({"direction": "bwd", "paged": True}, "no backward"),
+        ({"k_tokens_inner": True, "varlen": True}, "only a cache may have its tokens innermost"),
+        ({"v_tokens_inner": True, "paged": True}, "paged needs varlen"),
         ({"deterministic": True}, "every forward is"),
         ({"direction": "bwd_convert"}, "bwd_convert is not built yet"),
         ({"family": "fa2", "direction": "bwd", "learnable_sink": True}, "the same with learnable_sink"),
@@ -118,7 +120,7 @@ def test_valid_keys_are_what_lookup_serves() -> None:
     combinations = 2 * len(CELL_HEAD_DIMS)  # dtypes x head_dims
     masks = 12 + 11  # causal, alibi, and a window, which may have sink tokens: each with offsets too, but for none of them
     counts = Counter((key.family, key.direction) for key in valid)
-    assert counts["fa3", "fwd"] == combinations * 3 * 2**3 * masks  # varlen and, with it, paged; lsink, softcap, float_out
+    assert counts["fa3", "fwd"] == combinations * 6 * 2**3 * masks  # varlen and four caches; lsink, softcap, float_out
     assert counts["fa2", "fwd"] == combinations * 2**5 * masks * len(ARCHS)  # varlen, lsink, softcap, dropout, float_out
     assert set(counts) == set(BUILT_FLAGS)
     assert all(DISPATCH_TABLE.lookup(key) is key for key in valid)

@@ -1,4 +1,4 @@
-"""Golden cells on KV caches on the CPU executor, by the test rule, under several schedules; unused rows of the cache hold NaN."""
+"""Cells on KV caches on the CPU executor, by the test rule, under several schedules; unused rows of the cache hold NaN."""
 
 from __future__ import annotations
 
@@ -20,6 +20,16 @@ from tests.varlen_cases import Lengths
 pytestmark = pytest.mark.skipif(compiler_problem() is not None, reason=str(compiler_problem()))
 
 GOLDEN = [key for key in DISPATCH_TABLE if key.direction == "fwd" and key.paged]
+OTHERS = [  # tokens innermost in K alone, in V alone, and in every cell's shared memory
+    DispatchKey.parse(f"fa3_fwd_sm90a_{name}")
+    for name in (
+        "f16_hdim64_varlen_window_alibi_sink_lsink_paged_kinner",
+        "bf16_hdim80_varlen_paged_vinner_gqa4",
+        "f16_hdim96_causal_varlen_paged_kinner_vinner",
+        "bf16_hdim192_causal_varlen_window_paged_vinner",
+        "bf16_hdim256_varlen_alibi_paged_kinner_vinner_offsets_f32out",
+    )
+]
 SEEDS = (0, 1, 2)
 
 
@@ -29,9 +39,8 @@ def program_of(key: DispatchKey) -> Program:
     return ExecutorKernel.build(render(Cell.of(key)))
 
 
-@pytest.mark.parametrize("case", PAGED_CASES, ids=str)
-@pytest.mark.parametrize("key", GOLDEN, ids=str)
-def test_golden_cell(key: DispatchKey, case: CacheCase) -> None:
+@pytest.mark.parametrize(("key", "case"), [(key, case) for key in (*GOLDEN, *OTHERS) for case in PAGED_CASES if case.serves(key)], ids=str)
+def test_cell(key: DispatchKey, case: CacheCase) -> None:
     """Right under every schedule, and bitwise the same."""
     heads = max(key.gqa_ratio, 2) * 2, 2
     cache = case.make(np, np.random.default_rng(7), heads, key.head_dim, DTYPES[key.dtype])

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from cutlass_fa.layouts import (
+    KeyGroupTile,
     MatrixDescriptor,
     SwizzledTile,
     a_operand_coordinates,
@@ -30,6 +31,7 @@ CUTE_TILES = [
 ]
 Q_ROWS = (128, 192)  # Q tiles, which each warpgroup reads by 64 rows
 HEAD_DIM_80_TILES = [SwizzledTile(rows, 80, 64) for rows in (64, 112, 128, 192)]
+KEY_GROUP_TILES = [KeyGroupTile(keys, cols) for keys in (64, 128) for cols in (64, 80, 96, 128, 192, 256)]
 ACCUMULATOR_COLS = (64, 80, 96, 112, 128, 144, 160, 176, 192, 256)
 THREADS = range(128)
 A_OPERAND_VALUES = [(register, half) for register in range(4) for half in range(2)]
@@ -43,6 +45,11 @@ def offsets(tile: SwizzledTile) -> np.ndarray[Any, np.dtype[np.uint32]]:
     """(rows, padded_cols) byte offsets."""
     table = [[tile.byte_offset(row, col) for col in range(tile.padded_cols)] for row in range(tile.rows)]
     return np.array(table, np.uint32)
+
+
+def group_offsets(tile: KeyGroupTile) -> np.ndarray[Any, np.dtype[np.uint32]]:
+    """(keys, cols) byte offsets."""
+    return np.array([[tile.byte_offset(key, col) for col in range(tile.cols)] for key in range(tile.keys)], np.uint32)
 
 
 # What CuTe says
@@ -110,6 +117,12 @@ def test_cute_prints_exactly_the_tables_compared_here(cute: CuteTables) -> None:
         expected |= {Record(DESCRIPTOR_K, *shape, tile.rows), Record(DESCRIPTOR_MN, *shape, tile.cols)}
         if tile.rows in Q_ROWS:
             expected.add(Record(DESCRIPTOR_K, *shape, 64))
+    for group_tile in KEY_GROUP_TILES:
+        shape = (group_tile.cols, group_tile.keys, 0)
+        expected |= {Record(PLACEMENT_K, *shape), Record(PLACEMENT_MN, *shape)}
+        expected |= {Record(DESCRIPTOR_K, *shape, group_tile.cols), Record(DESCRIPTOR_MN, *shape, group_tile.keys)}
+        if group_tile.cols in Q_ROWS:
+            expected.add(Record(DESCRIPTOR_K, *shape, 64))
     assert set(cute) == expected
 
 
@@ -156,6 +169,23 @@ def test_mn_major_descriptors_are_cutes(cute: CuteTables, tile: SwizzledTile) ->
     expected = [descriptor.at(tile.mn_major_step_bytes(step)) for step in range(tile.num_mn_major_steps)]
     table = cute[Record(DESCRIPTOR_MN, tile.rows, tile.cols, tile.swizzle_bytes, tile.cols)]
     assert table.view(np.uint64).tolist() == expected
+
+
+@pytest.mark.parametrize("tile", KEY_GROUP_TILES, ids=str)
+def test_placement_of_key_groups_is_cutes(cute: CuteTables, tile: KeyGroupTile) -> None:
+    one_stage = group_offsets(tile).T
+    expected = np.stack([one_stage, one_stage + tile.size_bytes])
+    for kind in (PLACEMENT_K, PLACEMENT_MN):
+        np.testing.assert_array_equal(cute[Record(kind, tile.cols, tile.keys)].reshape(expected.shape), expected)
+
+
+@pytest.mark.parametrize("tile", KEY_GROUP_TILES, ids=str)
+def test_descriptors_of_key_groups_are_cutes(cute: CuteTables, tile: KeyGroupTile) -> None:
+    k_major, mn_major = tile.k_major_descriptor(), tile.mn_major_descriptor()
+    table = cute[Record(DESCRIPTOR_K, tile.cols, tile.keys, 0, tile.cols)].view(np.uint64)
+    assert table.tolist() == [k_major.at(step * tile.key_step_bytes) for step in range(tile.keys // 16)]
+    table = cute[Record(DESCRIPTOR_MN, tile.cols, tile.keys, 0, tile.keys)].view(np.uint64)
+    assert table.tolist() == [mn_major.at(step * tile.column_step_bytes) for step in range(tile.cols // 16)]
 
 
 @pytest.mark.parametrize("cols", ACCUMULATOR_COLS)
@@ -268,6 +298,27 @@ def test_mn_major_operand_reads_the_elements_that_tma_wrote(tile: SwizzledTile) 
                 assert operand.address(k, 2 * chunk_col, chunk) == expected
 
 
+@pytest.mark.parametrize("tile", KEY_GROUP_TILES, ids=str)
+def test_key_groups_are_boxes_and_operands(tile: KeyGroupTile) -> None:
+    """A TMA box of (columns, 8 keys) without swizzle is packed; 8 x 8 blocks, at the strides that PTX gives operands without swizzle, hold
+    what each operand's rows and columns are."""
+    table = group_offsets(tile)
+    for group in range(tile.keys // 8):
+        box = table[8 * group : 8 * group + 8].T  # (columns, keys), innermost last
+        assert (box.ravel() == group * tile.group_bytes + 2 * np.arange(8 * tile.cols)).all()
+    i, j = np.arange(8)[:, None], np.arange(8)[None]
+    for key in range(0, tile.keys, 8):
+        for col in range(0, tile.cols, 8):
+            block = table[key : key + 8, col : col + 8]  # [key, column]
+            d = tile.k_major_descriptor()  # summed over keys: lines of 8 keys, one for each column
+            start = key // 8 * d.leading_byte_offset + col // 8 * d.stride_byte_offset
+            assert (block == start + 16 * j + 2 * i).all()
+            d = tile.mn_major_descriptor()  # summed over columns: lines of 8 keys, one for each column
+            assert (block == col // 8 * d.leading_byte_offset + key // 8 * d.stride_byte_offset + 16 * j + 2 * i).all()
+    assert tile.key_step_bytes == table[16, 0] and tile.column_step_bytes == table[0, 16]
+    assert sorted(table.ravel().tolist()) == list(range(0, tile.size_bytes, 2))
+
+
 MMA_TILES = [SwizzledTile(rows, cols, 128 if cols % 64 == 0 else 64) for rows in (32, 48, 128) for cols in (64, 80, 96, 128, 192, 256)]
 BLOCKS_OF_16 = [(row, col) for row in (0, 16) for col in range(0, 256, 16)]
 
@@ -366,6 +417,12 @@ def test_converted_accumulator_is_the_a_operand() -> None:
 def test_impossible_tiles_are_refused(arguments: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SwizzledTile(*arguments)
+
+
+@pytest.mark.parametrize(("keys", "cols"), [(8, 64), (0, 64), (72, 64), (64, 72), (64, 0), (64, 272)])
+def test_impossible_key_groups_are_refused(keys: int, cols: int) -> None:
+    with pytest.raises(ValueError, match=r"keys must|cols must"):
+        KeyGroupTile(keys, cols)
 
 
 @pytest.mark.parametrize(

@@ -341,3 +341,60 @@ def test_mask_values_that_are_packed() -> None:
     assert window_values(ahead) == {"window_left": 12, "window_right": 4, "sink_tokens": 3, "position_shift": 4}
     behind = replace(far, k_offset=2**31 - 1024 - 8)
     assert window_values(behind) == {"window_left": 0, "window_right": 2**31 - 1024, "sink_tokens": 0, "position_shift": 8 + 1024 - 2**31}
+
+
+# ---- KV caches -----------------------------------------------------------------------------------------------------------------------
+
+
+def cached_problem(block_size: int, order_k: str, order_v: str, *, paged: bool = True, leftpad: bool = False) -> Problem:
+    """Two sequences of one query each against a cache of 6 blocks whose memory has its dimensions in this order, outermost first."""
+    extents = {"b": 6, "s": block_size, "h": 2, "d": 64}
+
+    def pages(order: str) -> ArraySpec:
+        memory = np.empty([extents[axis] for axis in order], np.float16)
+        return library_of(np.ndarray).spec(memory.transpose([order.index(axis) for axis in "bshd"]))
+
+    q = ArraySpec((2, 1, 4, 64), (256, 256, 64, 1), "f16", 0)
+    numbers = ArraySpec((2,), (1,), "int32", 0)
+    table = ArraySpec((2, 3), (3, 1), "int32", 0) if paged else None
+    extras = ExtraSpecs(seqused_k=numbers, block_table=table, cache_leftpad=numbers if leftpad else None)
+    k, v = (replace(pages(order), device=0) for order in (order_k, order_v))
+    return Problem.from_specs(q, k, v, None, arch="sm_90a", mask=Causal(), extras=extras, cached=True)
+
+
+@pytest.mark.parametrize(("k", "k_inner"), [("bshd", False), ("bhsd", False), ("bhds", True), ("hbds", True)])
+@pytest.mark.parametrize(("v", "v_inner"), [("bshd", False), ("bhds", True)])
+@pytest.mark.parametrize("paged", [True, False])
+def test_a_cache_with_tokens_innermost_is_known_by_its_strides(k: str, k_inner: bool, v: str, v_inner: bool, paged: bool) -> None:
+    request = cached_problem(16, k, v, paged=paged).request
+    assert request.kv_cache is not None
+    assert (request.kv_cache.k_tokens_inner, request.kv_cache.v_tokens_inner) == (k_inner, v_inner)
+    key = request.dispatch_key()
+    assert (key.k_tokens_inner, key.v_tokens_inner) == (k_inner, v_inner) and key.paged
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((16, "bsdh", "bshd"), r"k has strides .* last dimension must be contiguous"),
+        ((16, "bshd", "bdhs"), None),
+        ((16, "bhds", "dbsh"), r"v has strides .* last dimension must be contiguous"),
+    ],
+)
+def test_strides_of_caches(arguments: tuple[int, str, str], words: str | None) -> None:
+    if words is None:
+        assert cached_problem(*arguments).request.dispatch_key().v_tokens_inner
+        return
+    with pytest.raises(errors.InvalidArgument, match=words):
+        cached_problem(*arguments)
+
+
+def test_a_contiguous_cache_with_tokens_innermost_is_loaded_in_groups_of_8() -> None:
+    with pytest.raises(errors.InvalidArgument, match="multiple of 8"):
+        cached_problem(12, "bshd", "bhds", paged=False)
+    assert cached_problem(24, "bshd", "bhds", paged=False).request.dispatch_key().v_tokens_inner
+
+
+def test_tokens_innermost_have_no_padding_in_front() -> None:
+    with pytest.raises(errors.InvalidArgument, match=r"cache_leftpad .* move each sequence to the front"):
+        cached_problem(16, "bhds", "bshd", leftpad=True)

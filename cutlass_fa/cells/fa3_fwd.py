@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from ..arch.limits import REGISTERS_PER_SM
 from ..arch.sm90 import Fa3FwdTile, fa3_fwd_tile_of
 from ..cell import round_up
 from ..dispatch import DispatchKey
+from ..layouts import KeyGroupTile
 from ..params import ParamField, fa3_fwd_params
 from .swizzled import SwizzledCell
 
@@ -126,9 +128,27 @@ class Fa3FwdCell(SwizzledCell):
         return self._kv_place("v")
 
     def _kv_place(self, array: str) -> str:
+        if self._tokens_inner(array):
+            return "params, tile"
         if self.is_paged:
             return f"params, tile, {{params.{array}_page_step, params.{array}_row_step}}"
         return "tile.keys" if self.is_varlen else "tile.batch"
+
+    def _tokens_inner(self, array: str) -> bool:
+        return {"k": self.key.k_tokens_inner, "v": self.key.v_tokens_inner}[array]
+
+    @property
+    def k_maps(self) -> str:
+        """The type of what describes k to TMA."""
+        return self._kv_maps("k")
+
+    @property
+    def v_maps(self) -> str:
+        """The same of v."""
+        return self._kv_maps("v")
+
+    def _kv_maps(self, array: str) -> str:
+        return "KeyGroupMaps" if self._tokens_inner(array) else "TensorMap"
 
     @property
     def queue(self) -> str:
@@ -165,11 +185,34 @@ class Fa3FwdCell(SwizzledCell):
     def kv_chunk_bytes(self) -> int:
         return self.kv_tile.chunk_bytes
 
+    @cached_property
+    def key_group_tile(self) -> KeyGroupTile:
+        """A tile of K or V whose tokens are innermost."""
+        return KeyGroupTile(self.tile_n, self.head_dim)
+
+    @property
+    def key_group_bytes(self) -> int:
+        return self.key_group_tile.group_bytes
+
+    @property
+    def k_tile_bytes(self) -> str:
+        """Of one stage, in the template's words."""
+        return self._kv_tile_bytes("k")
+
+    @property
+    def v_tile_bytes(self) -> str:
+        """The same of V."""
+        return self._kv_tile_bytes("v")
+
+    def _kv_tile_bytes(self, array: str) -> str:
+        return "kTileN / kKeyGroup * kKeyGroupBytes" if self._tokens_inner(array) else "kChunks * kKvChunkBytes"
+
     @property
     def smem_bytes(self) -> int:
         """sizeof(SharedStorage): the rings of Q, K and V, their mbarriers of 8 bytes and the tile queue, padded to 1024."""
         queue_bytes = (56 if self.is_varlen else 24) * self.has_dynamic_scheduler
-        data = self.q_stages * round_up(self.q_tile.size_bytes, 1024) + 2 * self.stages * round_up(self.kv_tile.size_bytes, 1024)
+        kv_bytes = sum((self.key_group_tile if self._tokens_inner(array) else self.kv_tile).size_bytes for array in "kv")
+        data = self.q_stages * round_up(self.q_tile.size_bytes, 1024) + self.stages * round_up(kv_bytes, 1024)
         return round_up(data + 8 * (2 * self.q_stages + 4 * self.stages) + queue_bytes, 1024)
 
     # ---- what WGMMA is told about it ---------------------------------------------------------------------------------------------
@@ -180,15 +223,37 @@ class Fa3FwdCell(SwizzledCell):
 
     @property
     def k_descriptor(self) -> str:
-        return f"{self.kv_tile.k_major_descriptor().bits:#018x}ull"
+        descriptor = self.key_group_tile.mn_major_descriptor() if self.has_k_tokens_inner else self.kv_tile.k_major_descriptor()
+        return f"{descriptor.bits:#018x}ull"
 
     @property
     def v_descriptor(self) -> str:
-        return f"{self.kv_tile.mn_major_descriptor().bits:#018x}ull"
+        descriptor = self.key_group_tile.k_major_descriptor() if self.has_v_tokens_inner else self.kv_tile.mn_major_descriptor()
+        return f"{descriptor.bits:#018x}ull"
+
+    @property
+    def k_major(self) -> str:
+        """The side of K^T along which elements follow each other, a name of Major."""
+        return "kMn" if self.has_k_tokens_inner else "kK"
+
+    @property
+    def v_major(self) -> str:
+        """The same of V."""
+        return "kK" if self.has_v_tokens_inner else "kMn"
+
+    @property
+    def k_step(self) -> str:
+        """Where the step-th group of 16 columns of K starts, in the template's words."""
+        return "kKStepBytes * step" if self.has_k_tokens_inner else "column_step_bytes(step, kKvChunkBytes)"
+
+    @property
+    def k_step_bytes(self) -> int:
+        """Of K whose tokens are innermost."""
+        return self.key_group_tile.column_step_bytes
 
     @property
     def v_step_bytes(self) -> int:
-        return self.kv_tile.mn_major_step_bytes(1)
+        return self.key_group_tile.key_step_bytes if self.has_v_tokens_inner else self.kv_tile.mn_major_step_bytes(1)
 
     @property
     def warpgroup_q_bytes(self) -> int:
@@ -201,6 +266,29 @@ class Fa3FwdCell(SwizzledCell):
         """Whether tiles are counted from the last query back: under a causal mask the tile that is not full is then the one that sees
         the fewest keys. Of packed sequences tiles begin at query 0, as the list of tiles has them."""
         return self.is_causal and not self.is_varlen
+
+    @property
+    def has_k_tokens_inner(self) -> bool:
+        return self.key.k_tokens_inner
+
+    @property
+    def has_v_tokens_inner(self) -> bool:
+        return self.key.v_tokens_inner
+
+    @property
+    def has_key_groups(self) -> bool:
+        """Whether K or V is a cache's whose tokens are innermost."""
+        return self.has_k_tokens_inner or self.has_v_tokens_inner
+
+    @property
+    def has_key_rows(self) -> bool:
+        """Whether K or V has the columns of a key together."""
+        return not (self.has_k_tokens_inner and self.has_v_tokens_inner)
+
+    @property
+    def has_page_rows(self) -> bool:
+        """The same of a cache's pages."""
+        return self.is_paged and self.has_key_rows
 
     @property
     def has_dynamic_scheduler(self) -> bool:
@@ -244,12 +332,13 @@ class Fa3FwdCell(SwizzledCell):
     @property
     def has_linear_bias(self) -> bool:
         """Whether the softmax adds ALiBi's bias: the two rows of a thread have one slope, as they have not where heads are packed."""
-        return self.has_alibi and not self.is_packed
+        return self.has_alibi and not self.has_row_bias
 
     @property
     def has_row_bias(self) -> bool:
-        """Whether each row has a slope of its own."""
-        return self.has_alibi and self.is_packed
+        """Whether each row has a bias of its own: where it may have a slope of its own, and on a cache, where rows must not depend on those
+        beside them, so that a prompt in chunks gives the bits of one pass."""
+        return self.has_alibi and (self.is_packed or self.is_paged)
 
     @property
     def bias_argument(self) -> str:

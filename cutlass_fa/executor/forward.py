@@ -122,7 +122,8 @@ def _arguments(
     """What the plan of the cell's family launches with: CTAs, and the kernel's arguments."""
     maps: list[bytes] = []
     if isinstance(cell, Fa3FwdCell):
-        maps = [encode(geometry, buffers[x].address) for x, geometry in zip("qkv", fa3_fwd.map_geometries(problem, cell), strict=True)]
+        for name, geometries in zip("qkv", fa3_fwd.map_geometries(problem, cell), strict=True):
+            maps.append(b"".join(encode(geometry, buffers[name].address) for geometry in geometries))
         params = fa3_fwd.pack_params(problem, cell, device)
         grid = fa3_fwd.grid_of(problem, cell, device)
     else:

@@ -35,7 +35,7 @@ def encode(geometry: TensorMapGeometry, address: int) -> bytes:
         extents=geometry.extents,
         strides=[stride * _ELEMENT_BYTES for stride in geometry.strides],
         box=geometry.box,
-        swizzle_bytes=geometry.box[0] * _ELEMENT_BYTES,
+        swizzle_bytes=geometry.swizzle_bytes,
     )
 
 

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..arrays import ArraySpec
 from ..cells.fa3_fwd import Fa3FwdCell
 from ..device import DeviceInfo, device_info
 from ..extras import extra_words
 from ..kernels import Kernel
+from ..kv_cache import KEY_GROUP
 from ..launch import (
     KernelLaunch,
     alibi_values,
@@ -76,18 +78,24 @@ class Fa3FwdPlan:
             self._go(stream, self._address, 0)
 
 
-def map_geometries(problem: Problem, cell: Fa3FwdCell) -> tuple[TensorMapGeometry, TensorMapGeometry, TensorMapGeometry]:
-    """What the tensor maps of q, k and v describe."""
+def map_geometries(problem: Problem, cell: Fa3FwdCell) -> tuple[tuple[TensorMapGeometry, ...], ...]:
+    """What the tensor maps of q, k and v describe: one each, or as many as there may be keys of a group in use."""
     if cell.is_packed:
         q = TensorMapGeometry.of_packed_rows(problem.q, cell.queries_per_tile, cell.gqa_ratio, cell.chunk_columns)
     else:
         q = TensorMapGeometry.of_rows(problem.q, cell.tile_m, cell.chunk_columns)
-    if problem.request.kv_cache is not None:
-        geometry_of_keys, rows = TensorMapGeometry.of_pages, problem.request.kv_cache.rows_of_box(cell.tile_n)
-    else:
-        geometry_of_keys, rows = TensorMapGeometry.of_sequences if cell.is_varlen else TensorMapGeometry.of_rows, cell.tile_n
-    k, v = (geometry_of_keys(spec, rows, cell.chunk_columns) for spec in (problem.k, problem.v))
-    return q, k, v
+    k = _map_geometries_of_keys(problem, cell, problem.k, cell.has_k_tokens_inner)
+    return (q,), k, _map_geometries_of_keys(problem, cell, problem.v, cell.has_v_tokens_inner)
+
+
+def _map_geometries_of_keys(problem: Problem, cell: Fa3FwdCell, keys: ArraySpec, tokens_inner: bool) -> tuple[TensorMapGeometry, ...]:
+    cache = problem.request.kv_cache
+    if cache is None:
+        geometry = TensorMapGeometry.of_sequences if cell.is_varlen else TensorMapGeometry.of_rows
+        return (geometry(keys, cell.tile_n, cell.chunk_columns),)
+    if tokens_inner:
+        return tuple(TensorMapGeometry.of_key_groups(keys, used, cell.head_dim) for used in range(1, KEY_GROUP + 1))
+    return (TensorMapGeometry.of_pages(keys, cache.rows_of_box(cell.tile_n), cell.chunk_columns),)
 
 
 def pack_params(problem: Problem, cell: Fa3FwdCell, device: DeviceInfo) -> np.ndarray:
@@ -125,8 +133,12 @@ def cache_values(problem: Problem, tile_n: int) -> dict[str, int]:
     cache, table = problem.request.kv_cache, problem.extras.block_table
     if cache is None:
         return {}
+    arrays = {"k": (problem.k, cache.k_tokens_inner), "v": (problem.v, cache.v_tokens_inner)}
     steps = {
-        f"{name}_{of}_step": step for name in "kv" for of, step in zip(("page", "row"), page_steps(getattr(problem, name)), strict=True)
+        f"{name}_{of}_step": step
+        for name, (pages, tokens_inner) in arrays.items()
+        if not tokens_inner
+        for of, step in zip(("page", "row"), page_steps(pages), strict=True)
     }
     return {
         "block_table_stride": 0 if table is None else table.strides[0],

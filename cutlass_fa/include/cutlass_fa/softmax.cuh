@@ -7,8 +7,9 @@
 // A row's scores are measured from an origin, its largest score when that was last looked for. Nothing but range asks for the largest: the
 // sum has the same factor as the output, and probabilities above 1 cost a floating-point format no precision. So every block is tried with
 // the origins that its rows have, and only where a sum says that a probability may have passed 2^8 does the warp look for the maxima, move
-// the origins and have the output rescaled. After a row's first block that is rare, and without it a score costs a multiply-add, an
-// exponential, an addition and half a conversion, none of which waits for a maximum. (FlashAttention-4 has a threshold on the maximum.)
+// the origins of those rows and have the output rescaled. After a row's first block that is rare, and without it a score costs a
+// multiply-add, an exponential, an addition and half a conversion, none of which waits for a maximum. (FlashAttention-4 has a threshold on
+// the maximum.) Nothing that a row becomes depends on the rows beside it, so that a prompt gives the same bits however it is cut into tiles.
 #pragma once
 
 #include <cutlass_fa/base.cuh>
@@ -43,11 +44,11 @@ CUTLASS_FA_DEVICE void exponentiate(float const (&acc_s)[kSize], float const (&o
   }
 }
 
-// Origins <- the largest scores so far. base: the same, but 0 for a row that has only -inf (-inf - -inf would be NaN), whose probabilities
-// are then 0. Sums follow; `rescale` <- what the output must be multiplied by.
+// Origins of rows that move <- the largest scores so far. base: the same, but 0 for a row that has only -inf (-inf - -inf would be NaN),
+// whose probabilities are then 0. Sums follow; `rescale` <- what the output must be multiplied by: 1 where a row stays.
 template <int kSize>
-CUTLASS_FA_DEVICE void move_origins(float const (&acc_s)[kSize], SoftmaxRows& rows, float (&base)[2], float (&rescale)[2],
-                                    float scale_log2) {
+CUTLASS_FA_DEVICE void move_origins(float const (&acc_s)[kSize], bool const (&moves)[2], SoftmaxRows& rows, float (&base)[2],
+                                    float (&rescale)[2], float scale_log2) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     float row_max = acc_s[2 * r];
@@ -56,7 +57,8 @@ CUTLASS_FA_DEVICE void move_origins(float const (&acc_s)[kSize], SoftmaxRows& ro
       row_max = fmaxf(row_max, acc_s[4 * j + 2 * r]);
       row_max = fmaxf(row_max, acc_s[4 * j + 2 * r + 1]);
     }
-    float const origin = fmaxf(rows.origin[r], quad_max(row_max) * scale_log2);
+    float const largest = fmaxf(rows.origin[r], quad_max(row_max) * scale_log2);
+    float const origin = moves[r] ? largest : rows.origin[r];
     base[r] = origin == negative_infinity() ? 0.0f : origin;
     rescale[r] = exp2_approx(rows.origin[r] - base[r]);
     rows.origin[r] = origin;
@@ -64,9 +66,12 @@ CUTLASS_FA_DEVICE void move_origins(float const (&acc_s)[kSize], SoftmaxRows& ro
   }
 }
 
+// Whether a row's part says that its origin must move. So written, NaN does.
+CUTLASS_FA_DEVICE bool fails(float sum) { return !(sum <= kMaxBlockSum); }
+
 // p <- the block's probabilities, rows updated. acc_s: masked scores are -inf. False for the whole warp where no row's origin moved; else
-// `rescale` is what the output must be multiplied by. Origins move first where `first` (no block came before), and where a try without
-// has failed. A row that has had no key yet makes infinity or NaN of its old origin: its try fails.
+// `rescale` is what the output must be multiplied by. Origins move first where `first` (no block came before), and those of rows whose try
+// without has failed. A row that has had no key yet makes infinity or NaN of its old origin: its try fails.
 template <class Element, int kSize>
 CUTLASS_FA_DEVICE bool online_softmax(float const (&acc_s)[kSize], SoftmaxRows& rows, uint32_t (&p)[kSize / 2], float (&rescale)[2],
                                       float scale_log2, bool first = false) {
@@ -74,9 +79,12 @@ CUTLASS_FA_DEVICE bool online_softmax(float const (&acc_s)[kSize], SoftmaxRows& 
   bool moves = first, failed;
 #pragma unroll 1
   do {  // a loop rather than two branches, so that the exponentials are in the code once
-    if (moves) { move_origins(acc_s, rows, base, rescale, scale_log2); }
+    if (moves) {
+      bool const row_moves[2] = {first || quad_any(fails(sum[0])), first || quad_any(fails(sum[1]))};
+      move_origins(acc_s, row_moves, rows, base, rescale, scale_log2);
+    }
     exponentiate<Element>(acc_s, base, scale_log2, p, sum);
-    failed = !moves && warp_any(!(sum[0] <= kMaxBlockSum && sum[1] <= kMaxBlockSum));  // so written, NaN fails
+    failed = !moves && warp_any(fails(sum[0]) || fails(sum[1]));
     moves |= failed;
   } while (failed);
   rows.sum[0] += sum[0];

@@ -31,6 +31,9 @@ CUTLASS_FA_DEVICE float quad_sum(float value) {
   return value + shuffle_xor(value, 1);
 }
 
+// Whether the condition holds in some lane of the quad.
+CUTLASS_FA_DEVICE bool quad_any(bool condition) { return quad_max(condition ? 1.0f : 0.0f) != 0.0f; }
+
 // The sum over all lanes, in each of them; always in the same order.
 CUTLASS_FA_DEVICE float warp_sum(float value) {
 #pragma unroll
