@@ -120,6 +120,11 @@ class Cell(ABC):
         return self.key.paged
 
     @property
+    def has_packed_keys(self) -> bool:
+        """Whether k and v hold sequences one after the other, where they do not lie in a cache's pages."""
+        return self.is_varlen and not self.is_paged
+
+    @property
     def has_batch(self) -> bool:
         """Whether arrays have a batch dimension: sequences are equally long."""
         return not self.is_varlen

@@ -45,6 +45,8 @@ def sampled_keys() -> tuple[DispatchKey, ...]:
                 chosen["paged"] = True
             if chosen.get("paged", False):
                 chosen["varlen"] = True
+                if "dropout" in chosen:
+                    chosen["dropout"] = False
             if direction == "sequence_tiles":  # one kernel serves all
                 chosen["dtype"], chosen["head_dim"] = SEQUENCE_TILES_OF
             if direction == "append_kv":

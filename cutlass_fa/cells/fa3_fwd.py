@@ -58,20 +58,6 @@ class Fa3FwdCell(SwizzledCell):
         return self.tile.q_stages
 
     @property
-    def gqa_ratio(self) -> int:
-        return self.key.gqa_ratio
-
-    @property
-    def queries_per_tile(self) -> int:
-        """Queries of one tile: its rows, divided among the heads that are packed into them."""
-        return self.tile_m // self.gqa_ratio
-
-    @property
-    def work_heads(self) -> str:
-        """The Params field that counts the heads of the work list."""
-        return "num_heads_kv" if self.is_packed else "num_heads_q"
-
-    @property
     def tile_begin(self) -> str:
         """The first query of a causal cell's tile, row_of_tiles before the last."""
         return "params.seqlen_q - (row_of_tiles + 1) * kQueriesPerTile"

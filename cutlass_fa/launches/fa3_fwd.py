@@ -20,6 +20,7 @@ from ..launch import (
     heads_per_section,
     keys_in_memory,
     pack,
+    page_values,
     softmax_scales,
     tile_count,
     window_values,
@@ -130,7 +131,7 @@ def pack_params(problem: Problem, cell: Fa3FwdCell, device: DeviceInfo) -> np.nd
 
 def cache_values(problem: Problem, tile_n: int) -> dict[str, int]:
     """Where the pages of a KV cache lie, where k and v are one."""
-    cache, table = problem.request.kv_cache, problem.extras.block_table
+    cache = problem.request.kv_cache
     if cache is None:
         return {}
     arrays = {"k": (problem.k, cache.k_tokens_inner), "v": (problem.v, cache.v_tokens_inner)}
@@ -140,13 +141,7 @@ def cache_values(problem: Problem, tile_n: int) -> dict[str, int]:
         if not tokens_inner
         for of, step in zip(("page", "row"), page_steps(pages), strict=True)
     }
-    return {
-        "block_table_stride": 0 if table is None else table.strides[0],
-        "num_pages": cache.num_blocks,
-        "page_size": cache.block_size,
-        "rows_of_box": cache.rows_of_box(tile_n),
-        **steps,
-    }
+    return {**page_values(problem), "rows_of_box": cache.rows_of_box(tile_n), **steps}
 
 
 def num_tiles_of(problem: Problem, cell: Fa3FwdCell) -> int:
