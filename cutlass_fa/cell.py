@@ -138,6 +138,11 @@ class Cell(ABC):
         return self.key.sink
 
     @property
+    def sink_blocks(self) -> str:
+        """How many key blocks sink tokens take."""
+        return "(params.sink_tokens + kTileN - 1) / kTileN"
+
+    @property
     def has_learnable_sink(self) -> bool:
         return self.key.learnable_sink
 
