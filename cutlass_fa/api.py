@@ -14,7 +14,8 @@ from .extras import EXTRA_NAMES, ExtraSpecs
 from .launch import ForwardPlan
 from .launches import forward_plan
 from .problem import Problem, check_pointers
-from .requests import AttentionRequest, MaskKind, PersistentMode, Window, check_offsets
+from .request_parts import MaskKind, PersistentMode, Window
+from .requests import AttentionRequest, check_offsets
 
 BACKENDS = ("cuda", "reference")
 
