@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from . import kernels
-from .api import BACKENDS, OPTION_NAMES, extra_signatures, forward, is_float32, mask_of, mask_options, reference_library
+from .api import BACKENDS, OPTION_NAMES, forward, is_float32, mask_of, mask_options, reference_library
 from .arrays import ArrayLibrary, check_one_library, library_of, not_on_gpu
 from .check_kvcache import check_cache_numbers
 from .device import check_current_device, device_info
@@ -159,7 +159,7 @@ def append_plan(library: ArrayLibrary, arrays: tuple[Any, ...], turns: tuple[boo
 
     arrays: in the order of APPEND_NAMES, None where there is none. turns: rotary_interleaved, successive_queries."""
     try:
-        kind = (extra_signatures(library, arrays), turns)
+        kind = (library.signatures(arrays), turns)
     except AttributeError:
         check_one_library(APPEND_NAMES, arrays)
         raise

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from .arch.limits import limits_of
+from .cells import cell_class
 from .dispatch import DISPATCH_TABLE, DispatchKey
 from .params import ParamField, params_dtype
 
@@ -28,10 +29,8 @@ class Cell(ABC):
     @staticmethod
     def of(key: DispatchKey) -> Cell:
         """The cell that serves `key`. Raises UnsupportedCell with every reason when there is none."""
-        from .cells import CELL_CLASSES  # here, because its classes are made from this one
-
         DISPATCH_TABLE.lookup(key)
-        cell = CELL_CLASSES[key.family, key.direction].for_key(key)
+        cell = cell_class(key.family, key.direction).for_key(key)
         cell.check_limits()
         return cell
 
@@ -121,6 +120,11 @@ class Cell(ABC):
         return self.key.paged
 
     @property
+    def has_packed_keys(self) -> bool:
+        """Whether k and v hold sequences one after the other, where they do not lie in a cache's pages."""
+        return self.is_varlen and not self.is_paged
+
+    @property
     def has_batch(self) -> bool:
         """Whether arrays have a batch dimension: sequences are equally long."""
         return not self.is_varlen
@@ -132,6 +136,11 @@ class Cell(ABC):
     @property
     def has_sink(self) -> bool:
         return self.key.sink
+
+    @property
+    def sink_blocks(self) -> str:
+        """How many key blocks sink tokens take."""
+        return "(params.sink_tokens + kTileN - 1) / kTileN"
 
     @property
     def has_learnable_sink(self) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -194,9 +194,11 @@ class DispatchTable:
         """Every key of the tables' architectures that `lookup` serves with gqa_ratio 1, in a fixed order."""
         for (family, direction), flags in BUILT_FLAGS.items():
             archs = ARCHS if family == "fa2" else ("sm_90a",)
+            presences: list[dict[str, Any]] = [dict(zip(flags, each, strict=True)) for each in product((False, True), repeat=len(flags))]
+            example = DispatchKey(family, direction, archs[0], *SEQUENCE_TILES_OF)  # what it may not have, none may
+            presences = [chosen for chosen in presences if not self.why_not(replace(example, **chosen))]
             for arch, dtype, head_dim in product(archs, DTYPES, CELL_HEAD_DIMS):
-                for present in product((False, True), repeat=len(flags)):
-                    chosen: dict[str, Any] = dict(zip(flags, present, strict=True))
+                for chosen in presences:
                     key = DispatchKey(family, direction, arch, dtype, head_dim, **chosen)
                     if not self.why_not(key):
                         yield key
@@ -207,7 +209,7 @@ _CACHE = ("paged", "k_tokens_inner", "v_tokens_inner")
 
 # What has a template: (family, direction) -> the presence flags that it knows.
 BUILT_FLAGS: dict[tuple[str, str], tuple[str, ...]] = {
-    ("fa2", "fwd"): (*_MASKS, "learnable_sink", "position_offset", "softcap", "dropout", "float_out"),
+    ("fa2", "fwd"): (*_MASKS, "learnable_sink", *_CACHE, "position_offset", "softcap", "dropout", "float_out"),
     ("fa3", "fwd"): (*_MASKS, "learnable_sink", *_CACHE, "position_offset", "softcap", "float_out"),
     ("fa2", "bwd"): (*_MASKS, "position_offset", "softcap", "dropout", "deterministic", "split"),
     ("fa2", "bwd_preprocess"): ("varlen", "learnable_sink"),
@@ -283,9 +285,16 @@ def _unbuilt_reasons(key: DispatchKey) -> list[str]:
         for field, _ in FLAG_WORDS
         if field not in BUILT_FLAGS[kernel]
     ]
-    packable = key.gqa_ratio == 1 or (kernel == ("fa3", "fwd") and key.gqa_ratio <= MAX_GQA_RATIO)
-    most = f"at most {MAX_GQA_RATIO} query heads are packed into a tile" if kernel == ("fa3", "fwd") else "heads are not packed"
-    checks += [(not packable, f"gqa_ratio {key.gqa_ratio}: {most}; 1 serves every ratio")]
+    is_forward = key.direction == "fwd"
+    most = f"at most {MAX_GQA_RATIO} query heads are packed into a tile" if is_forward else "heads are not packed"
+    packable = key.gqa_ratio == 1 or (is_forward and key.gqa_ratio <= MAX_GQA_RATIO)
+    checks += [
+        (not packable, f"gqa_ratio {key.gqa_ratio}: {most}; 1 serves every ratio"),
+        (
+            key.gqa_ratio > 1 and key.dropout and key.family == "fa2",
+            "heads are not packed with dropout, whose numbers are drawn for one head at a time; gqa_ratio 1 serves every ratio",
+        ),
+    ]
     return [reason for refused, reason in checks if refused]
 
 
@@ -345,6 +354,11 @@ DISPATCH_TABLE = DispatchTable(
         _fa2_fwd("sm_80", "bf16", 64, varlen=True, alibi=True, learnable_sink=True, dropout=True, **_SINK_WINDOW),
         _fa2_fwd("sm_90a", "bf16", 128, causal=True, varlen=True),
         _fa2_fwd("sm_80", "bf16", 64, causal=True, learnable_sink=True),
+        _fa2_fwd("sm_80", "bf16", 128, causal=True, varlen=True, paged=True),
+        _fa2_fwd("sm_80", "bf16", 128, causal=True, varlen=True, paged=True, gqa_ratio=4, **_SINK_WINDOW),
+        _fa2_fwd("sm_80", "bf16", 128, causal=True, varlen=True, paged=True, k_tokens_inner=True, v_tokens_inner=True),
+        _fa2_fwd("sm_80", "f16", 80, varlen=True, paged=True, k_tokens_inner=True, gqa_ratio=8),
+        _fa2_fwd("sm_80", "f16", 64, gqa_ratio=4),
         _fa2_fwd("sm_80", "bf16", 96),
         _fa2_fwd("sm_86", "bf16", 256, causal=True),
         _fa2_fwd("sm_89", "bf16", 128, causal=True),

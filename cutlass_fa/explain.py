@@ -159,7 +159,7 @@ def rounding_notes(head_dim: int, key: DispatchKey) -> tuple[str, ...]:
 
 
 def choice_notes(key: DispatchKey) -> tuple[str, ...]:
-    """Remarks on what was chosen for the key's GPU: a table of an older one, a family that is not the GPU's own."""
+    """Remarks on what was chosen for the key's GPU: a table of an older one, a family that is not the GPU's own, packed heads."""
     notes = []
     table = table_arch(key.arch)
     if table != key.arch:
@@ -169,6 +169,10 @@ def choice_notes(key: DispatchKey) -> tuple[str, ...]:
     if key.family == "fa2" and key.arch == "sm_90a" and key.direction == "fwd":
         why = "which has dropout" if key.dropout else "as asked"
         notes.append(f"a forward of family fa2 on sm_90a, {why}; without dropout family fa3 serves calls there")
+    if key.gqa_ratio > 1:
+        notes.append(
+            f"queries are few: the {key.gqa_ratio} query heads of a key head share a tile, whose keys are loaded once for all of them"
+        )
     return tuple(notes)
 
 

@@ -136,6 +136,15 @@ def keys_in_memory(problem: Problem) -> ArraySpec:
     return replace(problem.k, shape=(1, keys, num_heads_kv, head_dim))
 
 
+def page_values(problem: Problem) -> dict[str, int]:
+    """What the pages of a KV cache are, where k and v are one."""
+    cache, table = problem.request.kv_cache, problem.extras.block_table
+    if cache is None:
+        return {}
+    stride = 0 if table is None else table.strides[0]
+    return {"block_table_stride": stride, "num_pages": cache.num_blocks, "page_size": cache.block_size}
+
+
 def grid_size(mode: PersistentMode, num_tiles: int, device: DeviceInfo) -> int:
     """CTAs of a launch: one per tile, or as many as the persistent mode allows."""
     return min(num_tiles, mode.num_sms or device.num_sms) if mode.persistent else num_tiles

@@ -121,9 +121,10 @@ DROPOUT_RATE = (
 )
 
 
-def strides(array: str) -> tuple[ParamField, ...]:
-    """The strides of one (batch, seqlen, heads, head_dim) array."""
-    return tuple(ParamField(f"{array}_stride_{axis}", "int64_t", "elements") for axis in ("batch", "row", "head"))
+def strides(array: str, tokens_inner: bool = False) -> tuple[ParamField, ...]:
+    """The strides of one (batch, seqlen, heads, head_dim) array, but that of the dimension that is contiguous."""
+    axes = ("batch", "column", "head") if tokens_inner else ("batch", "row", "head")
+    return tuple(ParamField(f"{array}_stride_{axis}", "int64_t", "elements") for axis in axes)
 
 
 def scale_params(key: DispatchKey) -> tuple[ParamField, ...]:
@@ -144,11 +145,10 @@ def mask_params(key: DispatchKey) -> tuple[ParamField, ...]:
 
 def fa3_fwd_params(key: DispatchKey, dynamic_scheduler: bool) -> tuple[ParamField, ...]:
     """The fields of an fa3 forward cell, widest first so that no compiler pads between them."""
-    heads = _NUM_HEADS_KV if key.gqa_ratio > 1 else _HEADS_PER_KV_HEAD
     pointers = (*_outputs(key), *(_TILE_COUNTER,) * dynamic_scheduler, *_extra_addresses(key))
     wide = (*pointers, *strides("o")) + (ALIBI_STRIDE,) * key.alibi + (BLOCK_TABLE_STRIDE,) * key.paged
     sizes = (_PACKED_SIZES if key.varlen else _FORWARD_SIZES) + _page_sizes(key) * key.paged
-    return (*wide, *sizes, *scale_params(key), heads, *_forward_features(key))
+    return (*wide, *sizes, *scale_params(key), _work_heads(key), *_forward_features(key))
 
 
 def _page_sizes(key: DispatchKey) -> tuple[ParamField, ...]:
@@ -160,9 +160,16 @@ def _page_sizes(key: DispatchKey) -> tuple[ParamField, ...]:
 def fa2_fwd_params(key: DispatchKey) -> tuple[ParamField, ...]:
     """The fields of an fa2 forward cell: what a run writes, then the other wide ones, then the narrow ones."""
     pointers = (*_INPUTS, *_outputs(key), *_extra_addresses(key)) + DROPOUT_STATE * key.dropout
-    wide = (*pointers, *strides("q"), *strides("k"), *strides("v"), *strides("o")) + (ALIBI_STRIDE,) * key.alibi
+    inputs = (*strides("q"), *strides("k", key.k_tokens_inner), *strides("v", key.v_tokens_inner), *strides("o"))
+    wide = (*pointers, *inputs) + (ALIBI_STRIDE,) * key.alibi + (BLOCK_TABLE_STRIDE,) * key.paged
     sizes = _PACKED_SIZES if key.varlen else tuple(field for field in _FORWARD_SIZES if field.name != "num_tiles")
-    return (*wide, *sizes, *scale_params(key), _HEADS_PER_KV_HEAD) + _forward_features(key) + DROPOUT_RATE * key.dropout
+    narrow = (*sizes, *(_NUM_PAGES, _PAGE_SIZE) * key.paged, *scale_params(key), _work_heads(key))
+    return (*wide, *narrow, *_forward_features(key)) + DROPOUT_RATE * key.dropout
+
+
+def _work_heads(key: DispatchKey) -> ParamField:
+    """Where query heads are packed the heads of the work list, else what leads from a query head to its key head."""
+    return _NUM_HEADS_KV if key.gqa_ratio > 1 else _HEADS_PER_KV_HEAD
 
 
 def _extra_addresses(key: DispatchKey) -> tuple[ParamField, ...]:

@@ -94,14 +94,14 @@ class Problem:
         check_same_dtype(q, k, v)
         check_shapes(q, k, v, cached)
         num_heads_q, head_dim = q.shape[2:]
+        if cached:
+            sizes = cached_sizes_of(q, k, v, extras, max_seqlen_q, batch_shape)
+        else:
+            sizes = sizes_of(q, k, extras, max_seqlen_q, max_seqlen_k)
         request = forward_request(
             family,
             persistent,
-            **(
-                cached_sizes_of(q, k, v, extras, max_seqlen_q, batch_shape)
-                if cached
-                else sizes_of(q, k, extras, max_seqlen_q, max_seqlen_k)
-            ),
+            **sizes,
             num_heads_q=num_heads_q,
             num_heads_kv=k.shape[2],
             head_dim=head_dim,
@@ -164,35 +164,22 @@ def cached_sizes_of(
         if batch != batch_shape[0]:
             raise InvalidArgument(f"q has batch {batch_shape[0]} and the cache's lengths or table have {batch} rows: they must agree")
         max_seqlen_q = batch_shape[1]
-    cache = kv_cache_of(k, extras.block_table, batch)
-    cache = replace(cache, k_tokens_inner=has_tokens_inner(k), v_tokens_inner=has_tokens_inner(v))
+    cache = kv_cache_of(k, v, extras.block_table, batch)
     longest = total_q if max_seqlen_q is None else min(max_seqlen_q, total_q)
     rows = CumulativeSeqlens(total_q, batch * cache.capacity)
     return {"batch": batch, "seqlen_q": longest, "seqlen_k": cache.capacity, "cu_seqlens": rows, "kv_cache": cache}
 
 
-def kv_cache_of(k: ArraySpec, block_table: ArraySpec | None, batch: int) -> KvCache:
+def kv_cache_of(k: ArraySpec, v: ArraySpec, block_table: ArraySpec | None, batch: int) -> KvCache:
     """What a cache's pages are: those of a block table (batch, max_blocks), or whole sequences. Raises InvalidArgument,
     InvalidPagedBlockSize, EmptyPagedCache."""
     num_blocks, block_size = k.shape[:2]
+    inner = {"k_tokens_inner": has_tokens_inner(k), "v_tokens_inner": has_tokens_inner(v)}
     if block_table is None and batch > num_blocks:
         raise InvalidArgument(f"k has {num_blocks} rows for {batch} sequences: one each is needed, or a table that says which")
     if block_table is None or len(block_table.shape) == 1:
-        return ContiguousKvCache(num_blocks, block_size)
-    return PagedKvCache(num_blocks, block_size, block_table.shape[1])
-
-
-def rows_of_batch(name: str, spec: ArraySpec) -> ArraySpec:
-    """(batch, seqlen, heads, head_dim) as one sequence of batch * seqlen rows. Raises InvalidArgument where they are unequally apart."""
-    batch, seqlen, *others = spec.shape
-    by_batch, by_row, *of_others = spec.strides
-    step = by_batch if seqlen == 1 else by_row
-    if batch > 1 and seqlen > 1 and by_batch != seqlen * by_row:
-        raise InvalidArgument(
-            f"{name} has strides {spec.strides} (elements): in a call on a cache sequences must follow each other, {seqlen} rows "
-            f"of {by_row} elements apart; copy {name} to a contiguous array, or pass it packed with cu_seqlens_q"
-        )
-    return ArraySpec((1, batch * seqlen, *others), (0, step, *of_others), spec.dtype, spec.device)
+        return ContiguousKvCache(num_blocks, block_size, **inner)
+    return PagedKvCache(num_blocks, block_size, block_table.shape[1], **inner)
 
 
 def has_tokens_inner(pages: ArraySpec) -> bool:
@@ -207,6 +194,19 @@ def check_padding(cache: KvCache, extras: ExtraSpecs) -> None:
             "cache_leftpad with a cache whose tokens are innermost: kernels load its keys in groups of 8, which the first key must begin; "
             "move each sequence to the front of its cache, or keep the cache as (..., num_heads_kv, head_dim)"
         )
+
+
+def rows_of_batch(name: str, spec: ArraySpec) -> ArraySpec:
+    """(batch, seqlen, heads, head_dim) as one sequence of batch * seqlen rows. Raises InvalidArgument where they are unequally apart."""
+    batch, seqlen, *others = spec.shape
+    by_batch, by_row, *of_others = spec.strides
+    step = by_batch if seqlen == 1 else by_row
+    if batch > 1 and seqlen > 1 and by_batch != seqlen * by_row:
+        raise InvalidArgument(
+            f"{name} has strides {spec.strides} (elements): in a call on a cache sequences must follow each other, {seqlen} rows "
+            f"of {by_row} elements apart; copy {name} to a contiguous array, or pass it packed with cu_seqlens_q"
+        )
+    return ArraySpec((1, batch * seqlen, *others), (0, step, *of_others), spec.dtype, spec.device)
 
 
 def one_sequence(spec: ArraySpec) -> ArraySpec:

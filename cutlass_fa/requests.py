@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 from .arch.fa2_bwd import fa2_bwd_tile
 from .arch.limits import arch_problem, limits_of
+from .arch.sm80 import fa2_fwd_tile
 from .arch.sm90 import fa3_fwd_tile_of
 from .dispatch import FAMILIES, FP8_DTYPES, MAX_GQA_RATIO, SEQUENCE_TILES_OF, DispatchKey, cell_head_dim, family_of
 from .errors import (
@@ -183,6 +184,11 @@ class ForwardRequest(AttentionRequest):
     def _forward_key(self, family: str) -> DispatchKey:
         return replace(self._key(family, "fwd"), float_out=self.float_out)
 
+    @property
+    def _usual_seqlen_q(self) -> int:
+        """Of packed sequences the mean, since the lengths are not known here."""
+        return self.seqlen_q if self.cu_seqlens is None else min(self.seqlen_q, -(-self.cu_seqlens.total_q // self.batch))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Fa3FwdRequest(ForwardRequest):
@@ -203,11 +209,6 @@ class Fa3FwdRequest(ForwardRequest):
         tile_m = fa3_fwd_tile_of(key.head_dim, key.features).tile_m
         return replace(key, gqa_ratio=packed_gqa_ratio(self._usual_seqlen_q, self.num_heads_q // self.num_heads_kv, tile_m))
 
-    @property
-    def _usual_seqlen_q(self) -> int:
-        """Of packed sequences the mean, since the lengths are not known here."""
-        return self.seqlen_q if self.cu_seqlens is None else min(self.seqlen_q, -(-self.cu_seqlens.total_q // self.batch))
-
     def dispatch_keys(self) -> tuple[DispatchKey, ...]:
         """Every kernel of the call in the order of the launches."""
         return with_sequence_tiles(self.dispatch_key())
@@ -218,8 +219,15 @@ class Fa2FwdRequest(ForwardRequest):
     """A 16-bit forward by the family of sm_80's instructions (mma.sync, ldmatrix, cp.async), which every GPU from sm_80 on runs."""
 
     def dispatch_key(self) -> DispatchKey:
-        """The cell this request needs; whether it exists is DISPATCH_TABLE's to say."""
-        return self._forward_key("fa2")
+        """The cell this request needs; whether it exists is DISPATCH_TABLE's to say. Heads are not packed with dropout."""
+        key = self._forward_key("fa2")
+        if key.dropout:
+            return key
+        rows, packed_rows = (
+            fa2_fwd_tile(key.arch, key.head_dim, causal=key.causal, features=key.features, packed=packed).tile_m for packed in (False, True)
+        )
+        ratio = packed_gqa_ratio(self._usual_seqlen_q, self.num_heads_q // self.num_heads_kv, rows, packed_rows)
+        return replace(key, gqa_ratio=ratio)
 
     def dispatch_keys(self) -> tuple[DispatchKey, ...]:
         """Every kernel of the call in the order of the launches."""
@@ -367,15 +375,19 @@ def sequence_tiles_key(arch: str) -> DispatchKey:
 PACKING_GAIN = 0.9  # heads are packed when whole tiles of single heads would use less than this share of what packed tiles use
 
 
-def packed_gqa_ratio(seqlen_q: int, gqa_ratio: int, tile_m: int) -> int:
+def packed_gqa_ratio(seqlen_q: int, gqa_ratio: int, tile_m: int, packed_tile_m: int | None = None) -> int:
     """How many query heads of a group to pack into one tile's rows: all of them where that fills tiles much better, else 1.
 
     Short queries leave most of a tile empty; a group's heads share their keys, so one tile can serve them all (FlashAttention-3's rule).
+    packed_tile_m: rows of a packed tile, by default tile_m; lower tiles never pay where there are more of them, since each reads all keys.
     """
     if gqa_ratio == 1 or gqa_ratio > MAX_GQA_RATIO:
         return 1
+    packed_tile_m = packed_tile_m or tile_m
     tiles = -(-seqlen_q // tile_m)
-    packed_tiles = -(-seqlen_q // (tile_m // gqa_ratio))
+    packed_tiles = -(-seqlen_q // (packed_tile_m // gqa_ratio))
     filled = seqlen_q / (tiles * tile_m)
-    packed_filled = seqlen_q * gqa_ratio / (packed_tiles * tile_m)
+    packed_filled = seqlen_q * gqa_ratio / (packed_tiles * packed_tile_m)
+    if packed_tile_m < tile_m and packed_tiles > tiles * gqa_ratio:
+        return 1
     return gqa_ratio if filled < PACKING_GAIN * packed_filled else 1

@@ -120,24 +120,21 @@ def _page_unit(spec: ArraySpec) -> int:
     return math.gcd(*apart) or 16 // _ELEMENT_BYTES
 
 
-class TensorMaps:
-    """The maps of a kernel's arrays, of one or several geometries each, by device address. Not thread-safe: its owner (a launch plan) holds
-    a lock."""
+class TensorMaps(dict[tuple[int, ...], tuple[int, ...]]):
+    """The maps of a kernel's arrays, of one or several geometries each: device addresses of the arrays -> host addresses of the maps, an
+    array's one after the other, encoded where they are first asked for and valid until the next question. Raises LaunchError when the
+    driver refuses a geometry.
+
+    A dict, because every launch asks. Not thread-safe: its owner (a launch plan) holds a lock."""
 
     def __init__(self, *geometries: tuple[TensorMapGeometry, ...]) -> None:
+        super().__init__()
         self._geometries = geometries
         self._maps: tuple[dict[int, ctypes.Array[ctypes.c_char]], ...] = tuple({} for _ in geometries)
-        self._host_addresses: dict[tuple[int, ...], tuple[int, ...]] = {}
 
-    def host_addresses(self, pointers: tuple[int, ...]) -> tuple[int, ...]:
-        """Where in host memory the maps for arrays at these device addresses lie, until the next call, an array's one after the other.
-
-        Raises LaunchError when the driver refuses a geometry."""
-        return self._host_addresses.get(pointers) or self._encoded(pointers)
-
-    def _encoded(self, pointers: tuple[int, ...]) -> tuple[int, ...]:
-        if len(self._host_addresses) >= _MAX_MAPS:
-            self._host_addresses.clear()
+    def __missing__(self, pointers: tuple[int, ...]) -> tuple[int, ...]:
+        if len(self) >= _MAX_MAPS:
+            self.clear()
             for maps in self._maps:
                 maps.clear()
         for geometries, maps, pointer in zip(self._geometries, self._maps, pointers, strict=True):
@@ -145,7 +142,7 @@ class TensorMaps:
                 encoded = b"".join(encode(geometry, pointer) for geometry in geometries)
                 maps[pointer] = ctypes.create_string_buffer(encoded, len(encoded))
         found = tuple(ctypes.addressof(maps[pointer]) for maps, pointer in zip(self._maps, pointers, strict=True))
-        self._host_addresses[pointers] = found
+        self[pointers] = found
         return found
 
 

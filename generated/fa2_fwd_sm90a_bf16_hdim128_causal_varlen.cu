@@ -17,7 +17,7 @@ using namespace cutlass_fa;
 using Element = bfloat16;
 
 constexpr int kTileM = 128;  // rows of a CTA's tile
-constexpr int kQueriesPerTile = kTileM;
+constexpr int kQueriesPerTile = 128;  // of each head in it
 constexpr int kTileN = 64;  // keys of a block
 constexpr int kHeadDim = 128;
 constexpr int kStages = 2;  // key blocks in shared memory, K and V each: one is read while the others land
@@ -259,8 +259,8 @@ CUTLASS_FA_DEVICE void load_q(SharedStorage& shared, Params const& params, Tile 
 
 // Where a lane's row of an ldmatrix lies in a 16 x 16 block of a tile (layouts.py's ldmatrix_offset).
 struct Lane {
-  int row_operand;     // Q as A; V as B, transposed while it is loaded
-  int column_operand;  // K as B
+  int row_operand;     // Q as A; B whose rows are summed over, transposed while it is loaded
+  int column_operand;  // B whose columns are
 };
 
 CUTLASS_FA_DEVICE Lane make_lane() {
@@ -389,8 +389,9 @@ CUTLASS_FA_DEVICE void attend(SharedStorage& shared, Params const& params, Tile 
 #pragma unroll
     for (int m = 0; m < kRowBlocks; ++m) {
       if constexpr (decltype(masked)::value) {
-        int const query = query_of(tile, first_row + 16 * m), key = n_block * kTileN + first_column;
-        int const limit[2] = {keys_seen_from(params, key, query), keys_seen_from(params, key, query + 8)};
+        int const key = n_block * kTileN + first_column, first_query = query_of(tile, first_row + 16 * m);
+        int const query[2] = {first_query, first_query + 8};
+        int const limit[2] = {keys_seen_from(params, key, query[0]), keys_seen_from(params, key, query[1])};
         apply_mask(acc_s[m], limit);
       }
       outgrown |= outgrows(acc_s[m], rows[m], params.softmax_scale_log2);
@@ -406,7 +407,7 @@ CUTLASS_FA_DEVICE void attend(SharedStorage& shared, Params const& params, Tile 
   };
 
   int n_block = last_block;
-  int const own_end = is_row(params, tile, warp_row) ? n_block_end(params, query_of(tile, warp_row + kWarpRows)) : 0;
+  int const own_end = is_row(params, tile, warp_row) ? n_block_end(params, query_of(tile, warp_row + kWarpRows - 1) + 1) : 0;
   int const unmasked_end = n_block_unmasked_end(params, query_of(tile, 0));
 #pragma unroll 1
   for (; n_block >= unmasked_end; --n_block) {

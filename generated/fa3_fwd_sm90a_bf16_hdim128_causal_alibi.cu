@@ -335,9 +335,7 @@ CUTLASS_FA_DEVICE void attend(Consumer& self, SharedStorage& shared, Params cons
   float const slope = bias_slope(params, tile.batch, tile.head) * params.softmax_scale_log2;  // in exponents of 2
   int const position = position_of(params, query_of(tile, self.row_in_tile)) - thread_index() % 4 * 2;  // counted from a block's first column
   LinearBias bias = linear_bias(slope);
-  auto add_bias = [&](float(&acc_s)[kTileN / 2], int n_block) {
-    set_bias(bias, acc_s, params, slope, position - n_block * kTileN);
-  };
+  auto add_bias = [&](float(&acc_s)[kTileN / 2], int n_block) { set_bias(bias, acc_s, params, slope, position - n_block * kTileN); };
 
   {
     float acc_s[kTileN / 2];

@@ -269,11 +269,15 @@ CUTLASS_FA_DEVICE void store_o(Params const& params, Tile const& tile, int row_i
 
 // ---- producer: one thread starts every copy -------------------------------------------------------------------------------------------
 
-// Another thread takes the tiles, one ahead of those who work on them: finding a tile's sequence takes several loads, one after another.
+// Another thread takes the tiles, one ahead of those who work on them: finding a tile's sequence takes several loads, one after another. It
+// takes a tile when all have begun the one before, no earlier, so that the tiles left go to the CTAs that are free first.
 CUTLASS_FA_DEVICE void schedule(SharedStorage& shared, Params const& params) {
   PipelineState<1> pipe;
   int const num_tiles = tile_count(params);
-  for (int index = block_index(); index < num_tiles; index = take_tile(params, num_tiles)) { shared.tiles.put(pipe, tile_of(params, index)); }
+  for (int index = block_index(); index < num_tiles; index = take_tile(params, num_tiles)) {
+    shared.tiles.put(pipe, tile_of(params, index));
+    shared.tiles.wait_until_read(pipe);
+  }
   Tile none = {};
   none.first_query = -1;
   shared.tiles.put(pipe, none);

@@ -126,6 +126,14 @@ CUTLASS_FA_DEVICE void load_q(TensorMap const& map, Mbarrier& full, char* destin
   }
 }
 
+constexpr int kSinkTile = 16;  // keys of a short block
+
+// How many whole blocks of keys sink tokens take. The last of them, up to kSinkTile, are a short block, which a tile takes after all others,
+// where it has others.
+CUTLASS_FA_DEVICE int whole_sink_blocks(Params const& params, bool has_others) {
+  return (params.sink_tokens + kTileN - 1 - (has_others ? kSinkTile : 0)) / kTileN;
+}
+
 // Query i stands at position i + seqlen_k - seqlen_q and sees the keys [key_begin, key_end): from window_left before its position to itself.
 CUTLASS_FA_DEVICE int key_end(Params const& params, int query) { return min(params.seqlen_k, query + params.seqlen_k - params.seqlen_q + 1); }
 CUTLASS_FA_DEVICE int key_begin(Params const& params, int query) {
@@ -159,7 +167,7 @@ CUTLASS_FA_DEVICE KeyBlocks key_blocks(Params const& params, Tile const& tile) {
   int const unmasked_end = max(key_end(params, first_query), 0) / kTileN;
   int const unmasked_begin = (key_begin(params, query_end - 1) + kTileN - 1) / kTileN;
   int const begin = key_begin(params, first_query) / kTileN;
-  int const blocks_of_sinks = (params.sink_tokens + kTileN - 1) / kTileN;
+  int const blocks_of_sinks = whole_sink_blocks(params, begin < n_block_end(params, query_end));
   return {begin, n_block_end(params, query_end), min(unmasked_begin, unmasked_end), unmasked_end, min(blocks_of_sinks, begin)};
 }
 
@@ -194,6 +202,21 @@ CUTLASS_FA_DEVICE void load_kv(TensorMap const& map, Mbarrier& full, char* desti
   }
 }
 
+// Whether a tile has a short block, the first kSinkTile keys of block sink_end: it lies before the windows, and its sink tokens are in no other.
+CUTLASS_FA_DEVICE bool has_short_block(Params const& params, KeyBlocks const& blocks) {
+  return blocks.sink_end < blocks.begin && blocks.sink_end * kTileN < params.sink_tokens;
+}
+
+// The short block's keys lie in a stage's last rows: those before are other keys, or lie before the array's edge and arrive as zeros.
+constexpr int kSinkRow = kTileN - kSinkTile;
+
+CUTLASS_FA_DEVICE void load_sinks(TensorMap const& map, Mbarrier& full, char* destination, int n_block, int kv_head, int batch) {
+  full.arrive_and_expect(kChunks * kKvChunkBytes);
+#pragma unroll 1
+  for (int chunk = 0; chunk < kChunks; ++chunk) {
+    tma_load(map, full, CacheHint::kEvictLast, destination + chunk * kKvChunkBytes, chunk * kChunkColumns, n_block * kTileN - kSinkRow, kv_head, batch);
+  }
+}
 // O <- acc_o / row sum, lse <- its logarithm. The quad's lanes trade 8-column groups, so that each writes 16 bytes of one row.
 CUTLASS_FA_DEVICE void store_o(Params const& params, Tile const& tile, int row_in_tile, float const (&acc_o)[kHeadDim / 2], SoftmaxRows const& rows) {
   int const quad_lane = thread_index() % 4;
@@ -254,10 +277,21 @@ CUTLASS_FA_DEVICE void produce(SharedStorage& shared, TensorMap const& map_q, Te
       load_k(n_block);
       if (n_block != last_block) { load_v(n_block + 1); }
     }
+    bool const has_sinks = has_short_block(params, blocks);
+    if (has_sinks) {
+      shared.k_empty[k_pipe.stage()].wait(k_pipe.parity() ^ 1);
+      load_sinks(map_k, shared.k_full[k_pipe.stage()], shared.k[k_pipe.stage()], blocks.sink_end, kv_head, tile.batch);
+      k_pipe.advance();
+    }
     // Taken late, so that the tiles left go to the CTAs that are free first; the answer arrives while the last V waits for its buffer.
     index = take_tile(params, index);
     if (last_block >= 0) { load_v(0); }
     shared.tiles.put(tile_pipe, index);
+    if (has_sinks) {
+      shared.v_empty[v_pipe.stage()].wait(v_pipe.parity() ^ 1);
+      load_sinks(map_v, shared.v_full[v_pipe.stage()], shared.v[v_pipe.stage()], blocks.sink_end, kv_head, tile.batch);
+      v_pipe.advance();
+    }
   }
 }
 
@@ -328,6 +362,74 @@ CUTLASS_FA_DEVICE void skip_block(Consumer& self, SharedStorage& shared) {
   release(self, shared.k_empty, self.k_pipe);
   shared.v_full[self.v_pipe.stage()].wait(self.v_pipe.parity());
   warp_sync();
+  release(self, shared.v_empty, self.v_pipe);
+}
+
+// S = Q K^T of the short block. acc_s: 2 rows x kSinkTile / 4 columns of this thread.
+CUTLASS_FA_DEVICE void issue_sink_qk(Consumer const& self, SharedStorage& shared, float (&acc_s)[kSinkTile / 2]) {
+  uint64_t const q = matrix_descriptor(kQLayout, shared.q[self.q_pipe.stage()] + self.warpgroup * kWarpgroupQBytes);
+  uint64_t const k = matrix_descriptor(kKLayout, shared.k[self.k_pipe.stage()] + kSinkRow * 128);
+  int q_bytes[kHeadDim / 16], k_bytes[kHeadDim / 16];  // from a tile's start to each step's columns
+#pragma unroll
+  for (int step = 0; step < kHeadDim / 16; ++step) {
+    q_bytes[step] = column_step_bytes(step, kQChunkBytes);
+    k_bytes[step] = column_step_bytes(step, kKvChunkBytes);
+  }
+  pin_registers(acc_s);
+  wgmma_fence();
+  wgmma_ss_steps<Element, Major::kK>(acc_s, q, q_bytes, k, k_bytes, false);
+  wgmma_commit();
+}
+
+// O += P V of the short block. p: the A operand, kSinkTile / 16 steps of four registers.
+CUTLASS_FA_DEVICE void issue_sink_pv(Consumer const& self, SharedStorage& shared, uint32_t (&p)[kSinkTile / 4], float (&acc_o)[kHeadDim / 2]) {
+  uint64_t const v = matrix_descriptor(kVLayout, shared.v[self.v_pipe.stage()]);
+  int v_bytes[kSinkTile / 16];
+#pragma unroll
+  for (int step = 0; step < kSinkTile / 16; ++step) { v_bytes[step] = kVStepBytes * (kSinkRow / 16 + step); }
+  pin_registers(acc_o);
+  pin_registers(p);
+  wgmma_fence();
+  wgmma_rs_steps<Element, Major::kMn>(acc_o, p, v, v_bytes, true);
+  wgmma_commit();
+}
+
+// acc_s <- -inf where row r's query does not see the sink token: the short block has no other keys that it sees. first_column: the key of this
+// thread's first column.
+CUTLASS_FA_DEVICE void mask_sinks(float (&acc_s)[kSinkTile / 2], Params const& params, int first_column, int const (&query)[2]) {
+#pragma unroll
+  for (int i = 0; i < kSinkTile / 2; ++i) {
+    acc_s[i] = first_column + i / 4 * 8 + i % 2 < sink_end(params, query[i / 2 % 2]) ? acc_s[i] : negative_infinity();
+  }
+}
+
+// A tile's last step: the short block, and P V of the block before it. old_p: that block's probabilities.
+CUTLASS_FA_DEVICE void attend_sinks(Consumer& self, SharedStorage& shared, Params const& params, Tile const& tile, int n_block,
+                                    uint32_t (&old_p)[kTileN / 4], float (&acc_o)[kHeadDim / 2], SoftmaxRows& rows) {
+  float acc_s[kSinkTile / 2];
+  shared.k_full[self.k_pipe.stage()].wait(self.k_pipe.parity());
+  wait_turn(self.warpgroup);
+  issue_sink_qk(self, shared, acc_s);
+  shared.v_full[self.v_pipe.stage()].wait(self.v_pipe.parity());
+  issue_pv(self, shared, old_p, acc_o);
+  pass_turn(self.warpgroup);
+  wgmma_wait<1>();
+  pin_registers(acc_s);
+  release(self, shared.k_empty, self.k_pipe);
+  release(self, shared.q_empty, self.q_pipe);
+  int const row = self.row_in_tile, last_query = params.seqlen_q - 1, key = n_block * kTileN + thread_index() % 4 * 2;
+  mask_sinks(acc_s, params, key, {min(query_of(tile, row), last_query), min(query_of(tile, row + 8), last_query)});
+  wgmma_wait<0>();
+  pin_registers(acc_o);
+  pin_registers(old_p);  // until here nobody may have overwritten it
+  release(self, shared.v_empty, self.v_pipe);
+  uint32_t p[kSinkTile / 4];
+  float rescale[2];
+  if (online_softmax<Element>(acc_s, rows, p, rescale, params.softmax_scale_log2)) { rescale_rows(acc_o, rescale); }
+  shared.v_full[self.v_pipe.stage()].wait(self.v_pipe.parity());
+  issue_sink_pv(self, shared, p, acc_o);
+  wgmma_wait<0>();
+  pin_registers(acc_o);
   release(self, shared.v_empty, self.v_pipe);
 }
 
@@ -407,6 +509,7 @@ CUTLASS_FA_DEVICE void attend(Consumer& self, SharedStorage& shared, Params cons
     overlapped_step(other_p, p);
     --n_block;
   }
+  if (has_short_block(params, blocks)) { return attend_sinks(self, shared, params, tile, blocks.sink_end, p, acc_o, rows); }
   release(self, shared.q_empty, self.q_pipe);
   shared.v_full[self.v_pipe.stage()].wait(self.v_pipe.parity());
   issue_pv(self, shared, p, acc_o);
@@ -432,6 +535,7 @@ CUTLASS_FA_DEVICE void consume(SharedStorage& shared, Params const& params, int 
         attend(self, shared, params, tile, n_block, acc_o, rows);
       } else {
         release(self, shared.q_empty, self.q_pipe);
+        if (has_short_block(params, blocks)) { skip_block(self, shared); }
       }
     }
     index = shared.tiles.get(self.tile_pipe);  // before the stores, which then overlap with the next tile's loads

@@ -222,11 +222,15 @@ CUTLASS_FA_DEVICE void store_o(Params const& params, Tile const& tile, int row_i
 
 // ---- producer: one thread starts every copy -------------------------------------------------------------------------------------------
 
-// Another thread takes the tiles, one ahead of those who work on them: finding a tile's sequence takes several loads, one after another.
+// Another thread takes the tiles, one ahead of those who work on them: finding a tile's sequence takes several loads, one after another. It
+// takes a tile when all have begun the one before, no earlier, so that the tiles left go to the CTAs that are free first.
 CUTLASS_FA_DEVICE void schedule(SharedStorage& shared, Params const& params) {
   PipelineState<1> pipe;
   int const num_tiles = tile_count(params);
-  for (int index = block_index(); index < num_tiles; index = take_tile(params, num_tiles)) { shared.tiles.put(pipe, tile_of(params, index)); }
+  for (int index = block_index(); index < num_tiles; index = take_tile(params, num_tiles)) {
+    shared.tiles.put(pipe, tile_of(params, index));
+    shared.tiles.wait_until_read(pipe);
+  }
   Tile none = {};
   none.first_query = -1;
   shared.tiles.put(pipe, none);
@@ -236,7 +240,7 @@ CUTLASS_FA_DEVICE void produce(SharedStorage& shared, TensorMap const& map_q, Te
   PipelineState<kStages> k_pipe, v_pipe;
   PipelineState<kQStages> q_pipe;
   PipelineState<1> tile_pipe;
-  for (Tile tile = shared.tiles.get_alone(tile_pipe); tile.first_query >= 0; tile = shared.tiles.get_alone(tile_pipe)) {
+  for (Tile tile = shared.tiles.get(tile_pipe); tile.first_query >= 0; tile = shared.tiles.get(tile_pipe)) {
     Params const params = params_of(all, tile);
     int const kv_head = kv_head_of(params, tile);
     auto load_k = [&](int n_block) {
@@ -445,7 +449,7 @@ CUTLASS_FA_DEVICE void init_barriers(SharedStorage& shared) {
   init_ring(shared.q_full, shared.q_empty);
   init_ring(shared.k_full, shared.k_empty);
   init_ring(shared.v_full, shared.v_empty);
-  shared.tiles.init(kConsumerWarps + 1);
+  shared.tiles.init(kConsumerWarps, 1);
   fence_mbarrier_init();
 }
 

@@ -160,6 +160,14 @@ CUTLASS_FA_DEVICE bool is_own_row(Tile const& tile, int row) {
   return row < kQueriesPerTile * kGqaRatio && query_of(tile, row) < tile.queries.rows;
 }
 
+constexpr int kSinkTile = 16;  // keys of a short block
+
+// How many whole blocks of keys sink tokens take. The last of them, up to kSinkTile, are a short block, which a tile takes after all others,
+// where it has others.
+CUTLASS_FA_DEVICE int whole_sink_blocks(Params const& params, bool has_others) {
+  return (params.sink_tokens + kTileN - 1 - (has_others ? kSinkTile : 0)) / kTileN;
+}
+
 // Query i stands at position i + position_shift and sees the keys [key_begin, key_end): from window_left before it to window_right after.
 CUTLASS_FA_DEVICE int key_end(Params const& params, int query) {
   int const end = min(params.seqlen_k, query + params.position_shift + params.window_right + 1);
@@ -196,7 +204,7 @@ CUTLASS_FA_DEVICE KeyBlocks key_blocks(Params const& params, Tile const& tile) {
   int const unmasked_end = max(key_end(params, first_query), 0) / kTileN;
   int const unmasked_begin = (key_begin(params, query_end - 1) + kTileN - 1) / kTileN;
   int const begin = min(key_begin(params, first_query) / kTileN, n_block_end(params, query_end));  // windows may lie beyond the last key
-  int const blocks_of_sinks = (params.sink_tokens + kTileN - 1) / kTileN;
+  int const blocks_of_sinks = whole_sink_blocks(params, begin < n_block_end(params, query_end));
   return {begin, n_block_end(params, query_end), min(unmasked_begin, unmasked_end), unmasked_end, min(blocks_of_sinks, begin)};
 }
 
@@ -233,13 +241,14 @@ CUTLASS_FA_DEVICE float bias_slope(Params const& params, int batch, int head) {
 // Of a key `column` columns after one that is `distance` before the position.
 CUTLASS_FA_DEVICE float bias_of(float slope, float distance, int column) { return slope * fabsf(distance - static_cast<float>(column)); }
 
-// acc_s <- acc_s - bias, before the mask. distance[r]: from this thread's first column to the position of row r.
-CUTLASS_FA_DEVICE void subtract_bias(float (&acc_s)[kTileN / 2], float const (&slope)[2], int const (&distance)[2]) {
+// acc_s <- acc_s - bias, before the mask, of keys from first_key on. Row r's query is that of row + 8 r of the tile.
+template <int kSize>
+CUTLASS_FA_DEVICE void subtract_bias(float (&acc_s)[kSize], Params const& params, Tile const& tile, float const (&slope)[2], int row, int first_key) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    float const first = static_cast<float>(distance[r]);
+    float const first = static_cast<float>(position_of(params, query_of(tile, row + 8 * r)) - first_key - thread_index() % 4 * 2);
 #pragma unroll
-    for (int i = 0; i < kTileN / 4; ++i) { acc_s[4 * (i / 2) + 2 * r + i % 2] -= bias_of(slope[r], first, i / 2 * 8 + i % 2); }
+    for (int i = 0; i < kSize / 2; ++i) { acc_s[4 * (i / 2) + 2 * r + i % 2] -= bias_of(slope[r], first, i / 2 * 8 + i % 2); }
   }
 }
 
@@ -256,6 +265,17 @@ CUTLASS_FA_DEVICE void load_kv(TensorMap const& map, Mbarrier& full, char* desti
   }
 }
 
+// Whether a tile has a short block, the first kSinkTile keys of block sink_end: it lies before the windows, and its sink tokens are in no other.
+CUTLASS_FA_DEVICE bool has_short_block(Params const& params, KeyBlocks const& blocks) {
+  return blocks.sink_end < blocks.begin && blocks.sink_end * kTileN < params.sink_tokens;
+}
+
+// The short block's keys lie in a stage's first rows; it is loaded as if the sequence ended there.
+constexpr int kSinkRow = 0;
+
+CUTLASS_FA_DEVICE void load_sinks(TensorMap const& map, Mbarrier& full, char* destination, int n_block, int kv_head, Sequence const& keys) {
+  load_kv(map, full, destination, n_block, kv_head, {keys.first, keys.rows, min(keys.used, n_block * kTileN + kSinkTile)});
+}
 // O <- acc_o / row sum, lse <- its logarithm. Two neighbouring lanes trade pairs of columns, so that each writes 16 bytes of one row.
 CUTLASS_FA_DEVICE void store_o(Params const& params, Tile const& tile, int row_in_tile, float const (&acc_o)[kHeadDim / 2], SoftmaxRows const& rows) {
   int const quad_lane = thread_index() % 4;
@@ -288,11 +308,15 @@ CUTLASS_FA_DEVICE void store_o(Params const& params, Tile const& tile, int row_i
 
 // ---- producer: one thread starts every copy -------------------------------------------------------------------------------------------
 
-// Another thread takes the tiles, one ahead of those who work on them: finding a tile's sequence takes several loads, one after another.
+// Another thread takes the tiles, one ahead of those who work on them: finding a tile's sequence takes several loads, one after another. It
+// takes a tile when all have begun the one before, no earlier, so that the tiles left go to the CTAs that are free first.
 CUTLASS_FA_DEVICE void schedule(SharedStorage& shared, Params const& params) {
   PipelineState<1> pipe;
   int const num_tiles = tile_count(params);
-  for (int index = block_index(); index < num_tiles; index = take_tile(params, num_tiles)) { shared.tiles.put(pipe, tile_of(params, index)); }
+  for (int index = block_index(); index < num_tiles; index = take_tile(params, num_tiles)) {
+    shared.tiles.put(pipe, tile_of(params, index));
+    shared.tiles.wait_until_read(pipe);
+  }
   Tile none = {};
   none.first_query = -1;
   shared.tiles.put(pipe, none);
@@ -302,7 +326,7 @@ CUTLASS_FA_DEVICE void produce(SharedStorage& shared, TensorMap const& map_q, Te
   PipelineState<kStages> k_pipe, v_pipe;
   PipelineState<kQStages> q_pipe;
   PipelineState<1> tile_pipe;
-  for (Tile tile = shared.tiles.get_alone(tile_pipe); tile.first_query >= 0; tile = shared.tiles.get_alone(tile_pipe)) {
+  for (Tile tile = shared.tiles.get(tile_pipe); tile.first_query >= 0; tile = shared.tiles.get(tile_pipe)) {
     Params const params = params_of(all, tile);
     int const kv_head = kv_head_of(params, tile);
     KeyBlocks const blocks = key_blocks(params, tile);
@@ -326,7 +350,18 @@ CUTLASS_FA_DEVICE void produce(SharedStorage& shared, TensorMap const& map_q, Te
       load_k(n_block);
       if (n_block != last_block) { load_v(n_block + 1); }
     }
+    bool const has_sinks = has_short_block(params, blocks);
+    if (has_sinks) {
+      shared.k_empty[k_pipe.stage()].wait(k_pipe.parity() ^ 1);
+      load_sinks(map_k, shared.k_full[k_pipe.stage()], shared.k[k_pipe.stage()], blocks.sink_end, kv_head, tile.keys);
+      k_pipe.advance();
+    }
     if (last_block >= 0) { load_v(0); }
+    if (has_sinks) {
+      shared.v_empty[v_pipe.stage()].wait(v_pipe.parity() ^ 1);
+      load_sinks(map_v, shared.v_full[v_pipe.stage()], shared.v[v_pipe.stage()], blocks.sink_end, kv_head, tile.keys);
+      v_pipe.advance();
+    }
   }
 }
 
@@ -400,6 +435,76 @@ CUTLASS_FA_DEVICE void skip_block(Consumer& self, SharedStorage& shared) {
   release(self, shared.v_empty, self.v_pipe);
 }
 
+// S = Q K^T of the short block. acc_s: 2 rows x kSinkTile / 4 columns of this thread.
+CUTLASS_FA_DEVICE void issue_sink_qk(Consumer const& self, SharedStorage& shared, float (&acc_s)[kSinkTile / 2]) {
+  uint64_t const q = matrix_descriptor(kQLayout, shared.q[self.q_pipe.stage()] + self.warpgroup * kWarpgroupQBytes);
+  uint64_t const k = matrix_descriptor(kKLayout, shared.k[self.k_pipe.stage()] + kSinkRow * 128);
+  int q_bytes[kHeadDim / 16], k_bytes[kHeadDim / 16];  // from a tile's start to each step's columns
+#pragma unroll
+  for (int step = 0; step < kHeadDim / 16; ++step) {
+    q_bytes[step] = column_step_bytes(step, kQChunkBytes);
+    k_bytes[step] = column_step_bytes(step, kKvChunkBytes);
+  }
+  pin_registers(acc_s);
+  wgmma_fence();
+  wgmma_ss_steps<Element, Major::kK>(acc_s, q, q_bytes, k, k_bytes, false);
+  wgmma_commit();
+}
+
+// O += P V of the short block. p: the A operand, kSinkTile / 16 steps of four registers.
+CUTLASS_FA_DEVICE void issue_sink_pv(Consumer const& self, SharedStorage& shared, uint32_t (&p)[kSinkTile / 4], float (&acc_o)[kHeadDim / 2]) {
+  uint64_t const v = matrix_descriptor(kVLayout, shared.v[self.v_pipe.stage()]);
+  int v_bytes[kSinkTile / 16];
+#pragma unroll
+  for (int step = 0; step < kSinkTile / 16; ++step) { v_bytes[step] = kVStepBytes * (kSinkRow / 16 + step); }
+  pin_registers(acc_o);
+  pin_registers(p);
+  wgmma_fence();
+  wgmma_rs_steps<Element, Major::kMn>(acc_o, p, v, v_bytes, true);
+  wgmma_commit();
+}
+
+// acc_s <- -inf where row r's query does not see the sink token: the short block has no other keys that it sees. first_column: the key of this
+// thread's first column.
+CUTLASS_FA_DEVICE void mask_sinks(float (&acc_s)[kSinkTile / 2], Params const& params, int first_column, int const (&query)[2]) {
+#pragma unroll
+  for (int i = 0; i < kSinkTile / 2; ++i) {
+    acc_s[i] = first_column + i / 4 * 8 + i % 2 < sink_end(params, query[i / 2 % 2]) ? acc_s[i] : negative_infinity();
+  }
+}
+
+// A tile's last step: the short block, and P V of the block before it. old_p: that block's probabilities.
+CUTLASS_FA_DEVICE void attend_sinks(Consumer& self, SharedStorage& shared, Params const& params, Tile const& tile, int n_block,
+                                    uint32_t (&old_p)[kTileN / 4], float (&acc_o)[kHeadDim / 2], SoftmaxRows& rows) {
+  float acc_s[kSinkTile / 2];
+  shared.k_full[self.k_pipe.stage()].wait(self.k_pipe.parity());
+  wait_turn(self.warpgroup);
+  issue_sink_qk(self, shared, acc_s);
+  shared.v_full[self.v_pipe.stage()].wait(self.v_pipe.parity());
+  issue_pv(self, shared, old_p, acc_o);
+  pass_turn(self.warpgroup);
+  wgmma_wait<1>();
+  pin_registers(acc_s);
+  release(self, shared.k_empty, self.k_pipe);
+  release(self, shared.q_empty, self.q_pipe);
+  int const row = self.row_in_tile, last_query = params.seqlen_q - 1, key = n_block * kTileN + thread_index() % 4 * 2;
+  float const slope[2] = {bias_slope(params, tile.batch, head_of(tile, row)), bias_slope(params, tile.batch, head_of(tile, row + 8))};
+  subtract_bias(acc_s, params, tile, slope, row, n_block * kTileN);
+  mask_sinks(acc_s, params, key, {min(query_of(tile, row), last_query), min(query_of(tile, row + 8), last_query)});
+  wgmma_wait<0>();
+  pin_registers(acc_o);
+  pin_registers(old_p);  // until here nobody may have overwritten it
+  release(self, shared.v_empty, self.v_pipe);
+  uint32_t p[kSinkTile / 4];
+  float rescale[2];
+  if (online_softmax<Element>(acc_s, rows, p, rescale, params.softmax_scale_log2)) { rescale_rows(acc_o, rescale); }
+  shared.v_full[self.v_pipe.stage()].wait(self.v_pipe.parity());
+  issue_sink_pv(self, shared, p, acc_o);
+  wgmma_wait<0>();
+  pin_registers(acc_o);
+  release(self, shared.v_empty, self.v_pipe);
+}
+
 // 64 rows of queries against every key block they see, from the last to the first: the blocks that need a mask come first. The product
 // Q K^T of a block is issued before P V of the block after it.
 CUTLASS_FA_DEVICE void attend(Consumer& self, SharedStorage& shared, Params const& params, Tile const& tile, int n_block, float (&acc_o)[kHeadDim / 2],
@@ -415,10 +520,7 @@ CUTLASS_FA_DEVICE void attend(Consumer& self, SharedStorage& shared, Params cons
 
   int const row = self.row_in_tile;
   float const slope[2] = {bias_slope(params, tile.batch, head_of(tile, row)), bias_slope(params, tile.batch, head_of(tile, row + 8))};
-  auto add_bias = [&](float(&acc_s)[kTileN / 2], int n_block) {
-    int const key = blocks.at(n_block) * kTileN + thread_index() % 4 * 2;
-    subtract_bias(acc_s, slope, {position_of(params, query_of(tile, row)) - key, position_of(params, query_of(tile, row + 8)) - key});
-  };
+  auto add_bias = [&](float(&acc_s)[kTileN / 2], int n_block) { subtract_bias(acc_s, params, tile, slope, row, blocks.at(n_block) * kTileN); };
 
   {
     float acc_s[kTileN / 2];
@@ -465,6 +567,7 @@ CUTLASS_FA_DEVICE void attend(Consumer& self, SharedStorage& shared, Params cons
   };
 #pragma unroll 1
   for (; n_block >= 0; --n_block) { step(n_block); }
+  if (has_short_block(params, blocks)) { return attend_sinks(self, shared, params, tile, blocks.sink_end, p, acc_o, rows); }
   release(self, shared.q_empty, self.q_pipe);
   shared.v_full[self.v_pipe.stage()].wait(self.v_pipe.parity());
   issue_pv(self, shared, p, acc_o);
@@ -490,6 +593,7 @@ CUTLASS_FA_DEVICE void consume(SharedStorage& shared, Params const& all, int war
         attend(self, shared, params, tile, n_block, acc_o, rows);
       } else {
         release(self, shared.q_empty, self.q_pipe);
+        if (has_short_block(params, blocks)) { skip_block(self, shared); }
       }
     }
     Tile const next = shared.tiles.get(self.tile_pipe);  // before the stores, which then overlap with the next tile's loads
@@ -513,7 +617,7 @@ CUTLASS_FA_DEVICE void init_barriers(SharedStorage& shared) {
   init_ring(shared.q_full, shared.q_empty);
   init_ring(shared.k_full, shared.k_empty);
   init_ring(shared.v_full, shared.v_empty);
-  shared.tiles.init(kConsumerWarps + 1);
+  shared.tiles.init(kConsumerWarps, 1);
   fence_mbarrier_init();
 }
 

@@ -116,6 +116,13 @@ class CacheCase:
         return table, places, (max(index) + 2, rows)
 
 
+def _empty(xp: ModuleType, extents: tuple[int, ...], dtype: Any, layout: str) -> Any:
+    """NaN everywhere, (block, key, head, column) as a view of the layout's memory."""
+    order = LAYOUTS[layout]
+    memory = xp.full(tuple(extents[axis] for axis in order), np.nan, np.float32).astype(dtype)
+    return memory.transpose(tuple(order.index(axis) for axis in range(4)))
+
+
 @dataclass(frozen=True)
 class Cache:
     """q (total_q, heads, head_dim); k, v: the keys in use, packed; k_cache, v_cache: (blocks, keys, heads, head_dim); extras: of a call on

@@ -124,7 +124,7 @@ def test_explain_without_a_disassembler(warm: None, monkeypatch: pytest.MonkeyPa
         (("--head-dim", "128", "--paged"), UNBUILT, "paged needs varlen"),
         (("--head-dim", "100"), "fa3_fwd_sm90a_bf16_hdim100", "head_dim 100 is not a cell"),
         (("--head-dim", "264"), "fa3_fwd_sm90a_bf16_hdim264", "head_dim 264 is not a cell"),
-        (("--head-dim", "64", "--arch", "sm_80", "--paged"), "fa2_fwd_sm80_bf16_hdim64_paged", "paged is not built yet in the fa2 fwd"),
+        (("--head-dim", "64", "--arch", "sm_80", "--paged"), "fa2_fwd_sm80_bf16_hdim64_paged", "paged needs varlen"),
         (("--head-dim", "64", "--backward", "--paged"), "fa2_bwd_sm90a_bf16_hdim64_paged", "a paged cache has no backward"),
         (("--head-dim", "64", "--dtype", "bf16", "--v-dtype", "f16"), "fa3_fwd_sm90a_bf16_vf16_hdim64", "16-bit types must agree"),
         (("--head-dim", "64", "--sink"), "fa3_fwd_sm90a_bf16_hdim64_sink", "sink tokens need a sliding window"),

@@ -73,7 +73,7 @@ def test_key_refuses_unknown_words() -> None:
     [
         ({"head_dim": 72}, "head_dim 72"),
         ({"arch": "sm_80"}, "sm_80"),
-        ({"family": "fa2", "gqa_ratio": 2}, "heads are not packed"),
+        ({"family": "fa2", "direction": "bwd", "gqa_ratio": 2}, "heads are not packed"),
         ({"dropout": True}, "dropout is not built yet in the fa3 fwd"),
         ({"direction": "bwd"}, "backward"),
         ({"dtype": "e4m3", "v_dtype": "e4m3"}, "e4m3"),
@@ -90,6 +90,7 @@ def test_key_refuses_unknown_words() -> None:
         ({"position_offset": True, "softcap": True}, "no score depends on positions"),
         ({"family": "fa2", "direction": "bwd", "float_out": True}, "gradients are written in the element type"),
         ({"gqa_ratio": 128}, "gqa_ratio 128"),
+        ({"family": "fa2", "gqa_ratio": 2, "dropout": True}, "heads are not packed with dropout"),
         ({"direction": "bwd", "dtype": "e4m3", "v_dtype": "e4m3"}, "no fp8 backward"),
         ({"direction": "bwd", "paged": True}, "no backward"),
         ({"k_tokens_inner": True, "varlen": True}, "only a cache may have its tokens innermost"),
@@ -121,7 +122,7 @@ def test_valid_keys_are_what_lookup_serves() -> None:
     masks = 12 + 11  # causal, alibi, and a window, which may have sink tokens: each with offsets too, but for none of them
     counts = Counter((key.family, key.direction) for key in valid)
     assert counts["fa3", "fwd"] == combinations * 6 * 2**3 * masks  # varlen and four caches; lsink, softcap, float_out
-    assert counts["fa2", "fwd"] == combinations * 2**5 * masks * len(ARCHS)  # varlen, lsink, softcap, dropout, float_out
+    assert counts["fa2", "fwd"] == combinations * 8 * 2**3 * masks * len(ARCHS)  # dropout or, with varlen, paged of 4 layouts; as fa3
     assert set(counts) == set(BUILT_FLAGS)
     assert all(DISPATCH_TABLE.lookup(key) is key for key in valid)
     assert {replace(key, gqa_ratio=1) for key in DISPATCH_TABLE} <= set(valid)

@@ -26,13 +26,13 @@ from cutlass_fa.render import Source
 REQUEST = Fa2FwdRequest(batch=2, seqlen_q=200, seqlen_k=300, num_heads_q=8, num_heads_kv=2, head_dim=128, arch="sm_80")
 
 
-def problem_of(arch: str, *, head_dim: int = 128, **options: object) -> Problem:
+def problem_of(arch: str, *, head_dim: int = 128, seqlen_q: int = 200, **options: object) -> Problem:
     def spec(seqlen: int, heads: int) -> ArraySpec:
         shape = (2, seqlen, heads, head_dim)
         return ArraySpec(shape, contiguous_strides(shape), "bf16", 0)
 
     mask = options.pop("mask", Full())
-    return Problem.from_specs(spec(200, 8), spec(300, 2), spec(300, 2), None, arch=arch, mask=mask, **options)
+    return Problem.from_specs(spec(seqlen_q, 8), spec(300, 2), spec(300, 2), None, arch=arch, mask=mask, **options)
 
 
 # ---- requests and the choice of a family -----------------------------------------------------------------------------------------------
@@ -44,6 +44,26 @@ def test_keys() -> None:
     assert str(changed.dispatch_key()) == "fa2_fwd_sm121_bf16_hdim80_causal_softcap_dropout"
     assert replace(changed, softcap=5.0, dropout_p=0.5).dispatch_key() == changed.dispatch_key()
     assert str(replace(REQUEST, arch="sm_90a").dispatch_key()) == "fa2_fwd_sm90a_bf16_hdim128"
+
+
+@pytest.mark.parametrize(
+    ("seqlen_q", "gqa_ratio", "packed"),
+    [(1, 8, 8), (16, 8, 8), (1, 1, 1), (3, 5, 5), (1, 64, 64), (1, 128, 1), (64, 4, 4), (65, 4, 1), (200, 4, 1), (4096, 4, 1)],
+)
+def test_heads_are_packed_where_queries_are_few(seqlen_q: int, gqa_ratio: int, packed: int) -> None:
+    """From 65 queries on 4 heads fill more tiles of 64 rows packed than of 128 rows each."""
+    request = replace(REQUEST, seqlen_q=seqlen_q, num_heads_q=gqa_ratio * 2, num_heads_kv=2)
+    assert request.dispatch_key().gqa_ratio == packed
+    assert replace(request, dropout_p=0.1).dispatch_key().gqa_ratio == 1
+
+
+def test_packed_heads_are_one_tile_of_a_key_head() -> None:
+    problem = problem_of("sm_80", seqlen_q=5)
+    cell = Cell.of(problem.request.dispatch_key())
+    assert isinstance(cell, Fa2FwdCell) and (cell.gqa_ratio, cell.queries_per_tile, cell.tile_m) == (4, 16, 64)
+    packed = pack_params(problem, cell, SMALL_DEVICE)[0]
+    assert (packed["num_heads_kv"], packed["num_m_blocks"]) == (2, 1) and grid_of(problem, cell) == 2 * 2
+    assert any("4 query heads" in note for note in choice_notes(cell.key))
 
 
 @pytest.mark.parametrize(
@@ -121,6 +141,38 @@ def test_a_misfit_is_named() -> None:
         assert any(words in reason for reason in misfit.misfits())
         with pytest.raises(AssertionError, match="does not fit"):
             misfit.check_limits()
+
+
+@pytest.mark.parametrize(
+    ("flags", "tile", "words"),
+    [
+        ({}, {"tile_n": 256}, "64 rows of a block for 32 lanes"),
+        ({"k_tokens_inner": True}, {"tile_n": 48}, "48 is no multiple of the 32 keys of a swizzled row"),
+    ],
+)
+def test_a_misfit_of_pages_is_named(flags: dict[str, bool], tile: dict[str, int], words: str) -> None:
+    key = DispatchKey("fa2", "fwd", "sm_80", "bf16", 64, varlen=True, paged=True, **flags)
+    cell = Cell.of(key)
+    assert isinstance(cell, Fa2FwdCell)
+    assert any(words in reason for reason in replace(cell, tile=replace(cell.tile, **tile)).misfits())
+
+
+@pytest.mark.parametrize("tokens_inner", [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("gqa_ratio", [1, 4])
+@pytest.mark.parametrize("head_dim", CELL_HEAD_DIMS)
+@pytest.mark.parametrize("arch", ARCH_LIMITS)
+def test_every_cell_of_a_cache_fits_its_architecture(arch: str, head_dim: int, gqa_ratio: int, tokens_inner: tuple[bool, bool]) -> None:
+    flags = {"k_tokens_inner": tokens_inner[0], "v_tokens_inner": tokens_inner[1], "varlen": True, "paged": True}
+    for alibi in (False, True):
+        key = DispatchKey("fa2", "fwd", arch, "bf16", head_dim, alibi=alibi, gqa_ratio=gqa_ratio, **flags)
+        cell = Cell.of(key)
+        fields = fa2_fwd_params(key)
+        offsets = [params_dtype(fields).fields[field.name][1] for field in fields]
+        assert offsets == np.cumsum([0, *(field.size_bytes for field in fields)])[:-1].tolist()
+        for array, inner in zip("kv", tokens_inner, strict=True):
+            steps = {field.name for field in fields if field.name.startswith(f"{array}_stride_")}
+            assert steps == {f"{array}_stride_{axis}" for axis in ("batch", "column" if inner else "row", "head")}
+        assert isinstance(cell, Fa2FwdCell) and cell.tile_m // gqa_ratio == cell.queries_per_tile
 
 
 @pytest.mark.parametrize("features", list(np.ndindex((2,) * 8)), ids=str)

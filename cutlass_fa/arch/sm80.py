@@ -25,10 +25,18 @@ class Fa2FwdTile:
     q_in_registers: bool = False
     stages: int = 2
 
+    @property
+    def tile_m(self) -> int:
+        """Query rows of a CTA's tile."""
+        return self.warps * self.warp_rows
 
-def fa2_fwd_tile(arch: str, head_dim: int, *, causal: bool, features: Set[str] = frozenset()) -> Fa2FwdTile:
-    """The row of an architecture, or of the nearest older one that has a table. features: presence flags of dispatch.py."""
+
+def fa2_fwd_tile(arch: str, head_dim: int, *, causal: bool, features: Set[str] = frozenset(), packed: bool = False) -> Fa2FwdTile:
+    """The row of an architecture, or of the nearest older one that has a table. features: presence flags of dispatch.py. packed: whether
+    the rows are of several query heads, which only short queries have."""
     table = _TABLES[table_arch(arch)]
+    if packed:
+        return table.packed[head_dim]
     for needed, rows in table.cramped:
         if features >= set(needed.split()) and head_dim in rows:
             return rows[head_dim]
@@ -41,10 +49,11 @@ _Rows: TypeAlias = tuple[tuple[str, dict[int, Fa2FwdTile]], ...]
 @dataclass(frozen=True)
 class _Table:
     """tiles: (head_dim, causal) -> tile. cramped: features and their rows, head_dim -> tile, where the features' registers leave no room
-    for that one; the first that a cell has all of counts."""
+    for that one; the first that a cell has all of counts. packed: head_dim -> tile of packed query heads, 64 rows in all."""
 
     tiles: dict[tuple[int, bool], Fa2FwdTile]
     cramped: _Rows
+    packed: dict[int, Fa2FwdTile]
 
 
 def _both(rows: dict[int, Fa2FwdTile]) -> dict[tuple[int, bool], Fa2FwdTile]:
@@ -55,6 +64,38 @@ def _both(rows: dict[int, Fa2FwdTile]) -> dict[tuple[int, bool], Fa2FwdTile]:
 # Hopper's rows for head_dim 64, 128 and 256 were chosen on an H100 80GB HBM3 (driver 580.159, NVRTC 13.0, bf16, seqlen 4k and 16k;
 # benchmarks/experiments.json has the candidates). The others are the largest tiles that fit without spills and have not been compared on
 # a GPU: tools/sweep_tiles.py --family fa2 times candidates.
+# A decoding step's rows, one to eight times the ratio, fill one warp of 16 or two: the memory's rate is what counts, and several CTAs to a
+# multiprocessor keep it busy. Not timed.
+_PACKED = {
+    64: Fa2FwdTile(4, 16, 64, 2, q_in_registers=True, stages=3),
+    80: Fa2FwdTile(4, 16, 64, 2, q_in_registers=True),
+    96: Fa2FwdTile(4, 16, 64, 2, q_in_registers=True),
+    128: Fa2FwdTile(4, 16, 64, 2, q_in_registers=True),
+    192: Fa2FwdTile(4, 16, 32, 2),
+    256: Fa2FwdTile(4, 16, 32, 1),
+}
+_PACKED_SMALL = {
+    64: Fa2FwdTile(4, 16, 64, 2, q_in_registers=True),
+    80: Fa2FwdTile(4, 16, 32, 2, q_in_registers=True),
+    96: Fa2FwdTile(4, 16, 32, 2, q_in_registers=True),
+    128: Fa2FwdTile(4, 16, 32, 2, q_in_registers=True),
+    192: Fa2FwdTile(4, 16, 32, 1),
+    256: Fa2FwdTile(4, 16, 32, 1),
+}
+# A cache's pages take registers of the whole tile, and its keys' columns may come 32 or 64 keys at a time. Not timed.
+_PAGED_ALIBI: dict[int, Fa2FwdTile] = {64: Fa2FwdTile(4, 32, 32, 2)}
+_PAGED_TILES: dict[int, Fa2FwdTile] = {
+    64: Fa2FwdTile(4, 32, 64, 2),
+    80: Fa2FwdTile(4, 32, 32, 2),
+    96: Fa2FwdTile(4, 32, 32, 2),
+    128: Fa2FwdTile(8, 16, 64, 1),
+    192: Fa2FwdTile(8, 16, 32, 1),
+    256: Fa2FwdTile(8, 16, 32, 1),
+}
+_TOKENS_INNER: dict[int, Fa2FwdTile] = {192: Fa2FwdTile(4, 16, 32, 1), 256: Fa2FwdTile(4, 16, 32, 1)}
+_PAGED_FIRST: _Rows = (("k_tokens_inner", _TOKENS_INNER), ("v_tokens_inner", _TOKENS_INNER), ("paged alibi", _PAGED_ALIBI))
+_PAGED: _Rows = (*_PAGED_FIRST, ("paged", _PAGED_TILES))
+_PAGED_SMALL: _Rows = (*_PAGED_FIRST, ("paged", {**_PAGED_TILES, 256: Fa2FwdTile(4, 16, 32, 1)}))
 _HOPPER_DROPOUT: _Rows = (
     ("dropout sliding_window", {64: Fa2FwdTile(4, 32, 32, 2)}),
     (
@@ -81,16 +122,19 @@ _HOPPER = _Table(
         }
     ),
     cramped=(
+        *_PAGED,
         *_HOPPER_DROPOUT,
         ("alibi sliding_window offset", {96: Fa2FwdTile(4, 32, 32, 2), 128: Fa2FwdTile(4, 32, 32, 2)}),
         ("alibi sliding_window", {128: Fa2FwdTile(4, 32, 32, 2)}),
         ("alibi", {128: Fa2FwdTile(4, 32, 48, 2)}),
         *_HOPPER_SOFTCAP,
     ),
+    packed=_PACKED,
 )
 _BLACKWELL = _Table(  # tiles that spill where Hopper's do not
     tiles=_HOPPER.tiles | _both({128: Fa2FwdTile(4, 32, 48, 2)}),
     cramped=(
+        *_PAGED,
         *_HOPPER_DROPOUT,
         ("alibi sliding_window", {96: Fa2FwdTile(4, 32, 32, 2), 128: Fa2FwdTile(8, 16, 64, 1)}),
         ("alibi", {128: Fa2FwdTile(4, 32, 32, 2)}),
@@ -98,6 +142,7 @@ _BLACKWELL = _Table(  # tiles that spill where Hopper's do not
         ("causal offset", {128: Fa2FwdTile(4, 32, 32, 2)}),
         *_HOPPER_SOFTCAP,
     ),
+    packed=_PACKED,
 )
 _AMPERE = _Table(
     tiles=_both(
@@ -111,6 +156,7 @@ _AMPERE = _Table(
         }
     ),
     cramped=(
+        *_PAGED,
         (
             "dropout",
             {
@@ -122,6 +168,7 @@ _AMPERE = _Table(
         ),
         ("softcap", {80: Fa2FwdTile(4, 32, 32, 2), 96: Fa2FwdTile(4, 32, 32, 2)}),
     ),
+    packed=_PACKED,
 )
 _SMALL = _Table(  # 99 KiB of shared memory
     tiles=_both(
@@ -134,7 +181,8 @@ _SMALL = _Table(  # 99 KiB of shared memory
             256: Fa2FwdTile(4, 16, 32, 1),
         }
     ),
-    cramped=(("dropout", {64: Fa2FwdTile(4, 32, 64, 2)}), ("alibi sliding_window", {64: Fa2FwdTile(4, 32, 64, 2)})),
+    cramped=(*_PAGED_SMALL, ("dropout", {64: Fa2FwdTile(4, 32, 64, 2)}), ("alibi sliding_window", {64: Fa2FwdTile(4, 32, 64, 2)})),
+    packed=_PACKED_SMALL,
 )
 _TABLES: dict[str, _Table] = {
     "sm_80": _AMPERE,

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from ..arch.limits import MAX_REGISTERS_PER_THREAD, REGISTERS_PER_SM, limits_of
 from ..arch.sm80 import Fa2FwdTile, fa2_fwd_tile
 from ..cell import round_up
 from ..dispatch import DispatchKey
+from ..layouts import SwizzledTile
 from ..params import ParamField, fa2_fwd_params
 from .swizzled import SwizzledCell
 
+WARP_LANES = 32
 MMA_ROWS = 16  # query rows, head_dim columns or keys of one mma's operand A; two blocks of its B
 CTA_RESERVED_BYTES = 1 << 10  # shared memory that the system takes for each CTA
 
@@ -26,7 +29,7 @@ class Fa2FwdCell(SwizzledCell):
 
     @classmethod
     def for_key(cls, key: DispatchKey) -> Fa2FwdCell:
-        return cls(key, fa2_fwd_tile(key.arch, key.head_dim, causal=key.causal, features=key.features))
+        return cls(key, fa2_fwd_tile(key.arch, key.head_dim, causal=key.causal, features=key.features, packed=key.gqa_ratio > 1))
 
     def misfits(self) -> list[str]:
         tile, rows_per_pass = self.tile, self.threads * 16 // self.swizzle_bytes
@@ -35,8 +38,10 @@ class Fa2FwdCell(SwizzledCell):
         checks = (
             (tile.warp_rows % MMA_ROWS != 0, f"warp_rows {tile.warp_rows} is no multiple of {MMA_ROWS}"),
             (tile.tile_n % MMA_ROWS != 0, f"tile_n {tile.tile_n} is no multiple of {MMA_ROWS}"),
+            (self.has_key_groups and tile.tile_n % 32 != 0, f"tile_n {tile.tile_n} is no multiple of the 32 keys of a swizzled row"),
             (tile.tile_n % rows_per_pass != 0, f"tile_n {tile.tile_n} is no multiple of the {rows_per_pass} rows copied at a time"),
             (self.tile_m % rows_per_pass != 0, f"tile_m {self.tile_m} is no multiple of the {rows_per_pass} rows copied at a time"),
+            (self.rows_looked_up > WARP_LANES, f"{self.rows_looked_up} rows of a block for {WARP_LANES} lanes to look up"),
             (tile.stages < 2, f"{tile.stages} stages: one is read while another lands"),
             (together > available, f"{together} B of shared memory for {tile.ctas_per_sm} CTAs, {available} in a multiprocessor"),
             (self.accumulator_registers > self.register_limit, f"{self.accumulator_registers} registers of {self.register_limit}"),
@@ -47,7 +52,7 @@ class Fa2FwdCell(SwizzledCell):
 
     @property
     def tile_m(self) -> int:
-        return self.tile.warps * self.tile.warp_rows
+        return self.tile.tile_m
 
     @property
     def tile_n(self) -> int:
@@ -68,11 +73,6 @@ class Fa2FwdCell(SwizzledCell):
     @property
     def threads(self) -> int:
         return 32 * self.tile.warps
-
-    @property
-    def work_heads(self) -> str:
-        """The Params field that counts the heads of the work list."""
-        return "num_heads_q"
 
     @property
     def tile_begin(self) -> str:
@@ -98,12 +98,37 @@ class Fa2FwdCell(SwizzledCell):
 
     @property
     def swizzle_bytes(self) -> int:
-        return 128 if self.head_dim % 64 == 0 else 64
+        columns = (self.head_dim, self.tile_n) if self.has_key_groups else (self.head_dim,)
+        return 128 if all(each % 64 == 0 for each in columns) else 64
+
+    @cached_property
+    def key_group_tile(self) -> SwizzledTile:
+        """Of K or V whose tokens are innermost: a row for each column."""
+        return SwizzledTile(self.head_dim, self.tile_n, self.swizzle_bytes)
+
+    @property
+    def k_tile_bytes(self) -> str:
+        """Of one stage, in the template's words."""
+        return self._tile_bytes(self.has_k_tokens_inner)
+
+    @property
+    def v_tile_bytes(self) -> str:
+        """The same of V."""
+        return self._tile_bytes(self.has_v_tokens_inner)
+
+    def _tile_bytes(self, tokens_inner: bool) -> str:
+        return "kHeadDim * kTileN * sizeof(Element)" if tokens_inner else "kChunks * kTileN * kSwizzleBytes"
 
     @property
     def smem_bytes(self) -> int:
         """sizeof(SharedStorage): Q and the rings of K and V, each tile at a multiple of 1024."""
-        return round_up(self.q_tile.size_bytes, 1024) + 2 * round_up(self.stages * self.kv_tile.size_bytes, 1024)
+        tiles = (self.key_group_tile if inner else self.kv_tile for inner in (self.has_k_tokens_inner, self.has_v_tokens_inner))
+        return round_up(self.q_tile.size_bytes, 1024) + sum(round_up(self.stages * tile.size_bytes, 1024) for tile in tiles)
+
+    @property
+    def rows_looked_up(self) -> int:
+        """Rows of a key block that a warp copies, where each of its lanes looks up the page of one."""
+        return self.tile_n // self.tile.warps if self.has_page_rows else 0
 
     # ---- named booleans ----------------------------------------------------------------------------------------------------------
 
@@ -114,6 +139,49 @@ class Fa2FwdCell(SwizzledCell):
     @property
     def has_q_in_shared_memory(self) -> bool:
         return not self.tile.q_in_registers
+
+    @property
+    def has_k_tokens_inner(self) -> bool:
+        return self.key.k_tokens_inner
+
+    @property
+    def has_v_tokens_inner(self) -> bool:
+        return self.key.v_tokens_inner
+
+    @property
+    def has_key_groups(self) -> bool:
+        """Whether K or V is a cache's whose tokens are innermost."""
+        return self.has_k_tokens_inner or self.has_v_tokens_inner
+
+    @property
+    def has_k_rows(self) -> bool:
+        """Whether K has the columns of a key together."""
+        return not self.has_k_tokens_inner
+
+    @property
+    def has_v_rows(self) -> bool:
+        """The same of V."""
+        return not self.has_v_tokens_inner
+
+    @property
+    def has_page_rows(self) -> bool:
+        """Whether K or V is a cache's that has the columns of a key together."""
+        return self.is_paged and (self.has_k_rows or self.has_v_rows)
+
+    @property
+    def has_idle_warps(self) -> bool:
+        """Whether tiles with few queries are usual, so that passing over blocks pays for warps without rows."""
+        return self.is_packed or self.is_paged
+
+    @property
+    def has_gathered_rows(self) -> bool:
+        """Whether rows of Q, or of K and V, each lie at a place of their own."""
+        return self.is_packed or self.has_page_rows
+
+    @property
+    def has_strided_rows(self) -> bool:
+        """Whether rows of Q, or of K and V, lie one stride apart."""
+        return not (self.is_packed and self.is_paged)
 
     @property
     def has_pointers_to_inputs(self) -> bool:

@@ -58,20 +58,6 @@ class Fa3FwdCell(SwizzledCell):
         return self.tile.q_stages
 
     @property
-    def gqa_ratio(self) -> int:
-        return self.key.gqa_ratio
-
-    @property
-    def queries_per_tile(self) -> int:
-        """Queries of one tile: its rows, divided among the heads that are packed into them."""
-        return self.tile_m // self.gqa_ratio
-
-    @property
-    def work_heads(self) -> str:
-        """The Params field that counts the heads of the work list."""
-        return "num_heads_kv" if self.is_packed else "num_heads_q"
-
-    @property
     def tile_begin(self) -> str:
         """The first query of a causal cell's tile, row_of_tiles before the last."""
         return "params.seqlen_q - (row_of_tiles + 1) * kQueriesPerTile"
@@ -151,18 +137,16 @@ class Fa3FwdCell(SwizzledCell):
         return "KeyGroupMaps" if self._tokens_inner(array) else "TensorMap"
 
     @property
-    def get_tile(self) -> str:
-        """How the producer gets a tile: as one thread, or as a warp."""
-        return "get" if self.is_paged else "get_alone"
-
-    @property
     def queue(self) -> str:
         """The type of what passes tiles on."""
         return "WorkQueue<Tile>" if self.is_varlen else "TileQueue"
 
     @property
     def queue_readers(self) -> str:
-        return "kConsumerWarps + 1" if self.is_varlen else "kConsumerWarps"
+        """Warps, and threads by themselves: the producer, which is a warp where it loads pages."""
+        if self.is_paged:
+            return "kConsumerWarps + 1"
+        return "kConsumerWarps, 1" if self.is_varlen else "kConsumerWarps"
 
     @property
     def has_pointers_to_inputs(self) -> bool:
@@ -309,6 +293,27 @@ class Fa3FwdCell(SwizzledCell):
     def has_waiting_steps(self) -> bool:
         """Whether some blocks are taken with P V first: where there is no overlap, and the few masked ones, whose code is then smaller."""
         return self.has_masked_steps or not self.has_own_overlap
+
+    @property
+    def has_short_sinks(self) -> bool:
+        """Whether the last sink tokens take a short block of sink_tile keys; pages come in whole blocks."""
+        return self.has_sink and not self.is_paged
+
+    @property
+    def sink_tile(self) -> int:
+        """Keys of a short block: one step of P V."""
+        return MMA_K
+
+    @property
+    def sink_row(self) -> str:
+        """Which row of a stage holds the first key of a short block."""
+        return "0" if self.is_varlen else "kTileN - kSinkTile"
+
+    @property
+    def sink_blocks(self) -> str:
+        if not self.has_short_sinks:
+            return super().sink_blocks
+        return "whole_sink_blocks(params, begin < n_block_end(params, query_end))"
 
     @property
     def has_linear_bias(self) -> bool:

@@ -28,6 +28,20 @@ class SwizzledCell(Cell):
         return SwizzledTile(self.tile_n, self.head_dim, self.swizzle_bytes)
 
     @property
+    def gqa_ratio(self) -> int:
+        return self.key.gqa_ratio
+
+    @property
+    def queries_per_tile(self) -> int:
+        """Queries of one tile: its rows, divided among the heads that are packed into them."""
+        return self.tile_m // self.gqa_ratio
+
+    @property
+    def work_heads(self) -> str:
+        """The Params field that counts the heads of the work list."""
+        return "num_heads_kv" if self.is_packed else "num_heads_q"
+
+    @property
     def out_element(self) -> str:
         """The C type of what is written to out."""
         return "float" if self.has_float_out else "Element"

@@ -12,6 +12,7 @@ from ..arrays import library_of
 from ..cell import Cell
 from ..cells.fa2_fwd import Fa2FwdCell
 from ..cells.fa3_fwd import Fa3FwdCell
+from ..cells.swizzled import SwizzledCell
 from ..device import DeviceInfo
 from ..extras import EXTRA_NAMES, ExtraSpecs
 from ..launches import fa2_fwd, fa3_fwd
@@ -140,8 +141,9 @@ def _arguments(
 
 def _list_tiles(problem: Problem, cell: Cell, buffers: Mapping[str, Buffer], memory: GlobalMemory, seed: int) -> Buffer:
     """The list of tiles of packed sequences, by its kernel."""
-    block_rows = cell.queries_per_tile if isinstance(cell, Fa3FwdCell) else cell.tile_m
-    return list_tiles(problem.request, "q", block_rows, cell.tile_n, {name: x.address for name, x in buffers.items()}, memory, seed)
+    assert isinstance(cell, SwizzledCell)
+    addresses = {name: x.address for name, x in buffers.items()}
+    return list_tiles(problem.request, "q", cell.queries_per_tile, cell.tile_n, addresses, memory, seed)
 
 
 def _problem(cell: Cell, q: np.ndarray, k: np.ndarray, v: np.ndarray, out_like: np.ndarray | None, options: Mapping[str, Any]) -> Problem:

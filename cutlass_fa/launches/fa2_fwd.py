@@ -12,7 +12,17 @@ from ..device import DeviceInfo, device_info
 from ..dropout import keep_scale, keep_threshold
 from ..extras import extra_words
 from ..kernels import Kernel
-from ..launch import KernelLaunch, alibi_values, heads_per_section, pack, softmax_scales, tile_count, window_values
+from ..launch import (
+    KernelLaunch,
+    alibi_values,
+    heads_per_section,
+    keys_in_memory,
+    pack,
+    page_values,
+    softmax_scales,
+    tile_count,
+    window_values,
+)
 from ..problem import Problem
 from .sequence_tiles import SequenceTilesLaunch, capacity
 
@@ -32,7 +42,7 @@ class Fa2FwdPlan:
         self._words = launch.params
         self._go, self._address = launch.go, launch.address
         self.extra_words = extra_words(cell.params, problem.extras)
-        self._tiles = None if tiles_kernel is None else SequenceTilesLaunch(problem, tiles_kernel, cell, cell.tile_m)
+        self._tiles = None if tiles_kernel is None else SequenceTilesLaunch(problem, tiles_kernel, cell, cell.queries_per_tile)
         self.workspace_floats = 0 if self._tiles is None else self._tiles.list_floats
         self._random_word = next((word for word, field in enumerate(cell.params) if field.name == "dropout_seed"), None)
         self._lock = threading.Lock()
@@ -53,8 +63,9 @@ class Fa2FwdPlan:
             words[0], words[1], words[2] = qkv
             words[3] = out
             words[4] = lse
-            for word, address in zip(self.extra_words.values(), extras, strict=True):
-                words[word] = address
+            if extras:
+                for word, address in zip(self.extra_words.values(), extras, strict=True):
+                    words[word] = address
             if self._tiles is not None:
                 self._tiles.run(words, workspace, extras, stream)
             if self._random_word is not None:
@@ -66,7 +77,8 @@ def pack_params(problem: Problem, cell: Fa2FwdCell, device: DeviceInfo) -> np.nd
     """The Params struct as a structured array of one element; addresses and the random state left 0."""
     request = problem.request
     arrays = {"q": problem.q, "k": problem.k, "v": problem.v, "o": problem.out}
-    strides = {f"{name}_stride_{axis}": spec.strides[i] for name, spec in arrays.items() for i, axis in enumerate(("batch", "row", "head"))}
+    axes = ("batch", "row", "head", "column")
+    strides = {f"{name}_stride_{axis}": spec.strides[i] for name, spec in arrays.items() for i, axis in enumerate(axes)}
     return pack(
         cell,
         {
@@ -80,12 +92,14 @@ def pack_params(problem: Problem, cell: Fa2FwdCell, device: DeviceInfo) -> np.nd
             "seqlen_q": request.seqlen_q,
             "seqlen_k": request.seqlen_k,
             "num_heads_q": request.num_heads_q,
+            "num_heads_kv": request.num_heads_kv,
             "head_dim": request.head_dim,
             "total_q": request.rows_q,
             "total_k": request.rows_k,
-            "num_m_blocks": -(-request.seqlen_q // cell.tile_m),
+            "num_m_blocks": -(-request.seqlen_q // cell.queries_per_tile),
             "heads_per_kv_head": request.num_heads_q // request.num_heads_kv,
-            "heads_per_section": heads_per_section(problem.k, request.num_heads_q, device),
+            "heads_per_section": heads_per_section(keys_in_memory(problem), request.num_heads_q // cell.gqa_ratio, device),
+            **page_values(problem),
             "keep_threshold": keep_threshold(request.dropout_p),
             "keep_scale": keep_scale(request.dropout_p),
         },
@@ -95,6 +109,7 @@ def pack_params(problem: Problem, cell: Fa2FwdCell, device: DeviceInfo) -> np.nd
 def grid_of(problem: Problem, cell: Fa2FwdCell) -> int:
     """CTAs of a launch: one for each tile, of packed sequences for each that there may be."""
     request = problem.request
+    work_heads = request.num_heads_q // cell.gqa_ratio
     if cell.is_varlen:
-        return tile_count(capacity(request, "q", cell.tile_m), request.num_heads_q, 1)
-    return tile_count(-(-request.seqlen_q // cell.tile_m), request.num_heads_q, request.batch)
+        return tile_count(capacity(request, "q", cell.queries_per_tile), work_heads, 1)
+    return tile_count(-(-request.seqlen_q // cell.queries_per_tile), work_heads, request.batch)

@@ -20,6 +20,7 @@ from ..launch import (
     heads_per_section,
     keys_in_memory,
     pack,
+    page_values,
     softmax_scales,
     tile_count,
     window_values,
@@ -66,13 +67,14 @@ class Fa3FwdPlan:
         """See ForwardPlan. The kernel has no dropout."""
         arguments, pointers = self._arguments, self._pointers
         with self._lock:
-            arguments[0], arguments[1], arguments[2] = self._maps.host_addresses(qkv)
+            arguments[0], arguments[1], arguments[2] = self._maps[qkv]
             pointers[0] = out
             pointers[1] = lse
             if self._counters is not None:
                 pointers[2] = self._counters.take(stream)
-            for word, address in zip(self.extra_words.values(), extras, strict=True):
-                pointers[word] = address
+            if extras:
+                for word, address in zip(self.extra_words.values(), extras, strict=True):
+                    pointers[word] = address
             if self._tiles is not None:
                 self._tiles.run(pointers, workspace, extras, stream)
             self._go(stream, self._address, 0)
@@ -130,7 +132,7 @@ def pack_params(problem: Problem, cell: Fa3FwdCell, device: DeviceInfo) -> np.nd
 
 def cache_values(problem: Problem, tile_n: int) -> dict[str, int]:
     """Where the pages of a KV cache lie, where k and v are one."""
-    cache, table = problem.request.kv_cache, problem.extras.block_table
+    cache = problem.request.kv_cache
     if cache is None:
         return {}
     arrays = {"k": (problem.k, cache.k_tokens_inner), "v": (problem.v, cache.v_tokens_inner)}
@@ -140,13 +142,7 @@ def cache_values(problem: Problem, tile_n: int) -> dict[str, int]:
         if not tokens_inner
         for of, step in zip(("page", "row"), page_steps(pages), strict=True)
     }
-    return {
-        "block_table_stride": 0 if table is None else table.strides[0],
-        "num_pages": cache.num_blocks,
-        "page_size": cache.block_size,
-        "rows_of_box": cache.rows_of_box(tile_n),
-        **steps,
-    }
+    return {**page_values(problem), "rows_of_box": cache.rows_of_box(tile_n), **steps}
 
 
 def num_tiles_of(problem: Problem, cell: Fa3FwdCell) -> int:

@@ -5,7 +5,6 @@
 #include <cutlass_fa/base.cuh>
 #include <cutlass_fa/mbarrier.cuh>
 #include <cutlass_fa/pipeline.cuh>
-#include <cutlass_fa/warp.cuh>
 
 namespace cutlass_fa {
 
@@ -13,34 +12,27 @@ namespace cutlass_fa {
 template <class Item>
 struct WorkQueue {
   Mbarrier full;   // `item` is written
-  Mbarrier empty;  // every reader has read it
+  Mbarrier empty;  // every thread that reads it has
   Item item;
 
-  // readers: warps, and threads by themselves.
-  CUTLASS_FA_DEVICE void init(int readers) {
+  // Who reads: whole warps, and threads by themselves.
+  CUTLASS_FA_DEVICE void init(int warps, int threads = 0) {
     full.init(1);
-    empty.init(readers);
+    empty.init(warps * kWarpSize + threads);
   }
 
+  // Until the item that was put last has been read.
+  CUTLASS_FA_DEVICE void wait_until_read(PipelineState<1> const& pipe) { empty.wait(pipe.parity() ^ 1); }
+
   CUTLASS_FA_DEVICE void put(PipelineState<1>& pipe, Item const& next) {
-    empty.wait(pipe.parity() ^ 1);
+    wait_until_read(pipe);
     item = next;
     full.arrive();
     pipe.advance();
   }
 
-  // For a whole warp.
+  // Each thread that reads says so itself: one lane's word for its warp would need an order among the lanes.
   CUTLASS_FA_DEVICE Item get(PipelineState<1>& pipe) {
-    full.wait(pipe.parity());
-    Item const next = item;
-    warp_sync();  // all lanes have read before one of them says so
-    if (thread_index() % kWarpSize == 0) { empty.arrive(); }
-    pipe.advance();
-    return next;
-  }
-
-  // For a thread by itself.
-  CUTLASS_FA_DEVICE Item get_alone(PipelineState<1>& pipe) {
     full.wait(pipe.parity());
     Item const next = item;
     empty.arrive();

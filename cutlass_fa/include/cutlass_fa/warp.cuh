@@ -11,6 +11,12 @@ CUTLASS_FA_DEVICE T shuffle_xor(T value, int lane_mask) {
   return __shfl_xor_sync(0xffffffffu, value, lane_mask);
 }
 
+// The value of a lane that each lane names.
+template <class T>
+CUTLASS_FA_DEVICE T shuffle(T value, int lane) {
+  return __shfl_sync(0xffffffffu, value, lane);
+}
+
 // Until all lanes are here; what they wrote before is visible to each other after.
 CUTLASS_FA_DEVICE void warp_sync() { __syncwarp(); }
 
