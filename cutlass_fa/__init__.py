@@ -21,24 +21,21 @@ if TYPE_CHECKING:
     from .errors import FlashAttnError
     from .kv_cache import ContiguousKvCache, PagedKvCache
     from .merge import merge_attention_states
-    from .requests import (
+    from .request_parts import (
         Causal,
         CumulativeSeqlens,
-        Fa2BwdRequest,
-        Fa2FwdRequest,
-        Fa3FwdRequest,
         Full,
         Grid,
         MaskKind,
-        PagedAttentionRequest,
         Persistent,
         PersistentMode,
         PositionBias,
         SlidingCausal,
         SlidingFull,
-        VarlenFwdRequest,
         Window,
     )
+    from .requests import Fa2BwdRequest, Fa2FwdRequest, Fa3FwdRequest, VarlenFwdRequest
+    from .requests_cache import ChunkedPrefillRequest, ChunkLayout, PagedAttentionRequest
     from .settings import no_compile
 
 __version__ = "0.1.0"
@@ -48,6 +45,8 @@ _IMPORTED_NS = time.time_ns()  # before any module of the package: what is young
 __all__ = [
     "DISPATCH_TABLE",
     "Causal",
+    "ChunkLayout",
+    "ChunkedPrefillRequest",
     "ContiguousKvCache",
     "CumulativeSeqlens",
     "DispatchKey",
@@ -77,6 +76,25 @@ __all__ = [
 ]
 
 _MODULES = {
+    **dict.fromkeys(
+        (
+            "Causal",
+            "CumulativeSeqlens",
+            "Full",
+            "Grid",
+            "MaskKind",
+            "Persistent",
+            "PersistentMode",
+            "PositionBias",
+            "SlidingCausal",
+            "SlidingFull",
+            "Window",
+        ),
+        "request_parts",
+    ),
+    "ChunkLayout": "requests_cache",
+    "ChunkedPrefillRequest": "requests_cache",
+    "PagedAttentionRequest": "requests_cache",
     "flash_attn_backward": "api_backward",
     "flash_attn_func": "api",
     "flash_attn_varlen_backward": "api_varlen",

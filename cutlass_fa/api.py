@@ -11,7 +11,8 @@ from .dropout import dropout_mask
 from .errors import InvalidArgument
 from .extras import EXTRA_NAMES, ExtraSpecs
 from .problem import Problem, check_pointers
-from .requests import AttentionRequest, MaskKind, PersistentMode, Window, check_offsets
+from .request_parts import MaskKind, PersistentMode, Window
+from .requests import AttentionRequest, check_offsets
 
 if TYPE_CHECKING:
     from .launch import ForwardPlan

@@ -18,7 +18,8 @@ from .extras import ExtraSpecs
 from .launches.append_kv import AppendPlan
 from .problem import ALIGNMENT_BYTES, check_out
 from .problem_append import APPEND_NAMES, AppendProblem, check_tables
-from .requests import CumulativeSeqlens, PositionBias, VarlenFwdRequest
+from .request_parts import CumulativeSeqlens, PositionBias
+from .requests import VarlenFwdRequest
 
 
 def flash_attn_with_kvcache(

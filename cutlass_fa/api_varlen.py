@@ -9,7 +9,7 @@ from .api import forward, is_float32, mask_options
 from .api_backward import backward
 from .arrays import library_of
 from .errors import InvalidArgument, SeqlenOverflow
-from .requests import MAX_SEQLEN, PersistentMode
+from .request_parts import MAX_SEQLEN, PersistentMode
 
 
 def flash_attn_varlen_func(

@@ -19,7 +19,8 @@ from .errors import InvalidArgument, LaunchError
 from .kernels import Kernel
 from .params import params_dtype
 from .problem import Problem
-from .requests import AttentionRequest, PersistentMode
+from .request_parts import PersistentMode
+from .requests import AttentionRequest
 
 MAX_TILES = 2**31 - 1
 

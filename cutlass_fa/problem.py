@@ -12,7 +12,8 @@ from .arrays import ArraySpec
 from .errors import InvalidArgument, PagedHeadDimMismatch, UnsupportedDtype
 from .extras import NO_EXTRAS, ExtraSpecs, check_device
 from .kv_cache import ContiguousKvCache, KvCache, PagedKvCache
-from .requests import DTYPES_16BIT, CumulativeSeqlens, FwdRequest, MaskKind, PersistentMode, PositionBias, forward_request
+from .request_parts import CumulativeSeqlens, MaskKind, PersistentMode, PositionBias
+from .requests import DTYPES_16BIT, FwdRequest, forward_request
 
 ALIGNMENT_BYTES = 16  # of every address and stride: the granularity of TMA and of the kernels' stores
 _ELEMENT_BYTES = {"float32": 4}  # of all others 2

@@ -19,7 +19,8 @@ from .problem import (
     one_sequence,
     sizes_of,
 )
-from .requests import Fa2BwdRequest, PositionBias
+from .request_parts import PositionBias
+from .requests import Fa2BwdRequest
 
 MAX_ROW_STRIDE = 2**31 - 1  # elements: the kernels multiply it as a 32-bit number
 

@@ -26,122 +26,11 @@ from .errors import (
     SinkWithoutMask,
     UnsupportedDtype,
     UnsupportedHeadDim,
-    ZeroSeqlen,
-    ZeroWindow,
 )
 from .kv_cache import KvCache
+from .request_parts import MAX_SEQLEN, CumulativeSeqlens, Full, MaskKind, PersistentMode, PositionBias, check_rows
 
-MAX_SEQLEN = 2**31 - 1024  # positions, and positions plus one tile, are 32-bit signed integers
 DTYPES_16BIT = ("f16", "bf16")
-
-
-# ---- masks ---------------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class MaskKind:
-    """Which keys a query may see. Query i stands at position i + seqlen_k - seqlen_q, or where the request's offsets say.
-
-    causal: key j allowed when j <= position. window (left, right): position - left <= j <= position + right; -1 is unbounded.
-    Use Full, Causal, SlidingCausal, SlidingFull or Window.
-    """
-
-    causal: bool
-    window: tuple[int, int] = (-1, -1)
-
-    @property
-    def is_sliding(self) -> bool:
-        """Whether a window bounds the keys on some side (causality alone does not count)."""
-        return self.window != (-1, -1)
-
-
-def Full() -> MaskKind:
-    """Every query sees every key."""
-    return MaskKind(causal=False)
-
-
-def Causal() -> MaskKind:
-    """Every query sees the keys up to its own position."""
-    return MaskKind(causal=True)
-
-
-def SlidingCausal(window: int) -> MaskKind:
-    """The last `window` keys, the query's own position included. Raises ZeroWindow for window < 1."""
-    _check_window(window)
-    return MaskKind(causal=True, window=(window - 1, 0))
-
-
-def SlidingFull(window: int) -> MaskKind:
-    """`window` - 1 keys on either side of the query's own position. Raises ZeroWindow for window < 1."""
-    _check_window(window)
-    return MaskKind(causal=False, window=(window - 1, window - 1))
-
-
-def Window(left: int, right: int, causal: bool = False) -> MaskKind:
-    """flash-attn's window_size=(left, right), -1 unbounded; causal bounds the right side at 0. Raises InvalidArgument below -1."""
-    if left < -1 or right < -1:
-        raise InvalidArgument(f"window_size=({left}, {right}): each side must be -1 (unbounded) or a number of keys >= 0")
-    if causal:
-        return MaskKind(causal=True, window=(left, 0) if left != -1 else (-1, -1))
-    return MaskKind(causal=False, window=(left, right))
-
-
-def _check_window(window: int) -> None:
-    if window < 1:
-        raise ZeroWindow(f"window={window}: a sliding window holds at least the query's own position, so window must be >= 1")
-
-
-# ---- other parts ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PositionBias:
-    """A bias on scores that depends on positions only: none, or ALiBi (Press et al. 2021; its slopes are a runtime array)."""
-
-    alibi: bool = False
-
-
-@dataclass(frozen=True)
-class CumulativeSeqlens:
-    """Packed sequences, one after the other in arrays of total_q and total_k rows; where each begins is a runtime array (cu_seqlens).
-
-    Raises ZeroSeqlen, SeqlenOverflow."""
-
-    total_q: int
-    total_k: int
-
-    def __post_init__(self) -> None:
-        _check_rows("total_q", self.total_q)
-        _check_rows("total_k", self.total_k)
-
-
-def _check_rows(name: str, rows: int) -> None:
-    if rows < 1:
-        raise ZeroSeqlen(f"{name}={rows}: at least one token is needed")
-    if rows > MAX_SEQLEN:
-        raise SeqlenOverflow(f"{name}={rows}: positions are 31-bit; at most {MAX_SEQLEN}")
-
-
-@dataclass(frozen=True)
-class PersistentMode:
-    """How CTAs get their tiles. persistent False: one CTA per tile. True: `num_sms` CTAs (0: one per multiprocessor) walk all tiles."""
-
-    persistent: bool = False
-    num_sms: int = 0
-
-    def __post_init__(self) -> None:
-        if self.num_sms < 0:
-            raise InvalidArgument(f"num_sms={self.num_sms}: must be 0 (all) or a positive number of multiprocessors")
-
-
-def Grid() -> PersistentMode:
-    """One CTA per tile; the hardware hands tiles out in order."""
-    return PersistentMode()
-
-
-def Persistent(num_sms: int = 0) -> PersistentMode:
-    """`num_sms` CTAs (0: as many as the GPU has multiprocessors) walk all tiles, leaving the other multiprocessors free."""
-    return PersistentMode(True, num_sms)
 
 
 # ---- requests ------------------------------------------------------------------------------------------------------------------------
@@ -157,7 +46,7 @@ class AttentionRequest:
     dropout_p: the share of probabilities set to 0, in [0, 1). q_offset, k_offset: positions of the first query and of the first key, for
     mask and bias; given one, the other is 0; given neither, the last query stands at the last key. arch: NVRTC's name of the target GPU.
     kv_cache: k and v are a cache's (num_blocks, block_size, num_heads_kv, head_dim); seqlen_k is then the most that a sequence may
-    have, and cu_seqlens.total_k that of all sequences together (PagedAttentionRequest).
+    have, and cu_seqlens.total_k that of all sequences together (requests_cache.py).
     Raises EmptyBatch, ZeroSeqlen, SeqlenOverflow, InvalidGqaRatio, UnsupportedHeadDim, UnsupportedDtype, SinkWithoutMask, InvalidArgument.
     """
 
@@ -170,7 +59,7 @@ class AttentionRequest:
     dtype: str = "bf16"
     mask: MaskKind = field(default_factory=Full)
     sink_tokens: int = 0
-    position_bias: PositionBias = PositionBias()
+    position_bias: PositionBias = field(default_factory=PositionBias)
     learnable_sink: bool = False
     softmax_scale: float | None = None
     softcap: float = 0.0
@@ -211,7 +100,7 @@ class AttentionRequest:
         if self.batch < 1:
             raise EmptyBatch(f"batch={self.batch}: q, k and v need at least one sequence")
         for name in ("seqlen_q", "seqlen_k"):
-            _check_rows(name, getattr(self, name))
+            check_rows(name, getattr(self, name))
         if self.num_heads_kv < 1 or self.num_heads_q < 1 or self.num_heads_q % self.num_heads_kv:
             raise InvalidGqaRatio(
                 f"num_heads_q={self.num_heads_q}, num_heads_kv={self.num_heads_kv}: num_heads_q must be a positive multiple of num_heads_kv"
@@ -469,24 +358,6 @@ def VarlenFwdRequest(
     it is not known) as many as there are rows; arch and dropout_p as there. Raises as forward_request does."""
     sizes = {"seqlen_q": cu_seqlens.total_q, "seqlen_k": cu_seqlens.total_k, "arch": "sm_90a", "dropout_p": 0.0}
     return forward_request(family, persistent, cu_seqlens=cu_seqlens, **(sizes | arguments))
-
-
-def PagedAttentionRequest(
-    *,
-    kv_cache: KvCache,
-    batch: int,
-    total_q: int,
-    seqlen_q: int | None = None,
-    family: str | None = None,
-    persistent: PersistentMode | None = None,
-    **arguments: Any,
-) -> FwdRequest:
-    """A forward whose keys and values lie in a cache: `batch` sequences with total_q queries together, at most seqlen_q each (default: not
-    known), and as many keys as their lengths say at run time. arguments: those of AttentionRequest. Raises as forward_request does."""
-    rows = CumulativeSeqlens(total_q, batch * kv_cache.capacity)
-    longest = {"seqlen_q": total_q if seqlen_q is None else min(seqlen_q, total_q), "seqlen_k": kv_cache.capacity}
-    defaults = {"arch": "sm_90a", "dropout_p": 0.0}
-    return forward_request(family, persistent, batch=batch, cu_seqlens=rows, kv_cache=kv_cache, **longest, **(defaults | arguments))
 
 
 def with_sequence_tiles(key: DispatchKey) -> tuple[DispatchKey, ...]:

@@ -130,6 +130,18 @@ class Cache:
     packed: dict[str, Any]
 
 
+WILD = CacheCase("wild", ((1, 100), (40, 90)), 16)
+
+
+def name_wild_blocks(cache: Cache, case: CacheCase) -> None:
+    """Puts blocks that do not exist into the table of a cache (NumPy arrays) of the case WILD: their keys and values count as zeros."""
+    for sequence, index, block in ((0, 1, -1), (0, 6, 2**31 - 1), (1, 0, -(2**31)), (1, 3, cache.k_cache.shape[0])):
+        cache.extras["block_table"][sequence, index] = block
+        first, end = (int(start) for start in cache.packed["cu_seqlens_k"][sequence : sequence + 2])
+        keys = slice(first + case.block_size * index, min(first + case.block_size * (index + 1), end))
+        cache.k[keys], cache.v[keys] = 0, 0
+
+
 RAGGED = ((1, 9), (70, 300), (5, 0), (0, 40), (130, 131))
 PAGED_CASES = (
     *(

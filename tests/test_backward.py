@@ -25,7 +25,7 @@ from cutlass_fa.layouts import PaddedTile, ldmatrix_coordinates, mma_a_coordinat
 from cutlass_fa.params import params_dtype
 from cutlass_fa.problem_backward import BackwardProblem
 from cutlass_fa.reference import attention_backward
-from cutlass_fa.requests import Full
+from cutlass_fa.request_parts import Full
 from tests.keys import sampled_keys
 
 REQUEST = Fa2BwdRequest(batch=2, seqlen_q=1000, seqlen_k=2000, num_heads_q=8, num_heads_kv=2, head_dim=128)

@@ -21,7 +21,8 @@ from cutlass_fa.dispatch import ARCHS, DISPATCH_TABLE, DispatchKey
 from cutlass_fa.errors import FlashAttnError, UnknownKey
 from cutlass_fa.explain import Explanation, Refusal, explain
 from cutlass_fa.precompile import precompile
-from cutlass_fa.requests import Causal, Fa3FwdRequest
+from cutlass_fa.request_parts import Causal
+from cutlass_fa.requests import Fa3FwdRequest
 from cutlass_fa.settings import SETTINGS
 from tests.needs import needs_nvdisasm, needs_nvrtc
 

@@ -23,7 +23,7 @@ from cutlass_fa.dropout import dropout_mask
 from cutlass_fa.executor import ExecutorFault, ExecutorKernel, Program, compiler_problem, run_forward
 from cutlass_fa.executor.run import RunShape, run_key
 from cutlass_fa.render import render
-from cutlass_fa.requests import PersistentMode
+from cutlass_fa.request_parts import PersistentMode
 from tests.numerics import check_forward, poisoned, random_qkv
 from tools import mutate
 

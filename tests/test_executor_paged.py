@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from cutlass_fa.dispatch import DISPATCH_TABLE, DispatchKey
 from cutlass_fa.executor import ExecutorKernel, Program, compiler_problem, run_forward
 from cutlass_fa.render import render
 from tests.backward_cases import DTYPES
-from tests.cache_cases import PAGED_CASES, CacheCase
+from tests.cache_cases import PAGED_CASES, WILD, CacheCase, name_wild_blocks
 from tests.numerics import check_forward
 from tests.test_executor_varlen import features
 from tests.varlen_cases import Lengths
@@ -58,3 +60,16 @@ def test_cell(key: DispatchKey, case: CacheCase) -> None:
         assert results[-1].out.tobytes() == results[0].out.tobytes() and (results[-1].lse == results[0].lse).all()
     expected |= {"causal": key.causal, **cache.packed}
     check_forward(results[0].out, results[0].lse, cache.q, cache.k, cache.v, case=f"{key} {case}", **expected)
+
+
+@pytest.mark.parametrize("layout", ["rows", "tokens/rows", "heads/tokens", "tokens"])
+def test_blocks_that_do_not_exist_are_zeros(layout: str) -> None:
+    """And no copy reads outside the cache."""
+    case = replace(WILD, layout=layout)
+    inner: dict[str, Any] = {f"{name}_tokens_inner": each == "tokens" for name, each in zip("kv", case.layouts, strict=True)}
+    key = DispatchKey("fa3", "fwd", "sm_90a", "f16", 64, varlen=True, paged=True, **inner)
+    cache = case.make(np, np.random.default_rng(3), (4, 2), key.head_dim, DTYPES[key.dtype])
+    name_wild_blocks(cache, case)
+    inputs = {"seed": 5, "program": program_of(key), "cached": True, **cache.extras}
+    result = run_forward(Cell.of(key), cache.q, cache.k_cache, cache.v_cache, **inputs)
+    check_forward(result.out, result.lse, cache.q, cache.k, cache.v, case=f"{key} wild", **cache.packed)

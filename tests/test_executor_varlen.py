@@ -23,7 +23,8 @@ from cutlass_fa.executor.sequence_tiles import list_tiles
 from cutlass_fa.launches.sequence_tiles import Side
 from cutlass_fa.reference import Gradients, attention_forward
 from cutlass_fa.render import render
-from cutlass_fa.requests import Causal, CumulativeSeqlens, MaskKind, SlidingFull, sequence_tiles_key
+from cutlass_fa.request_parts import Causal, CumulativeSeqlens, MaskKind, SlidingFull
+from cutlass_fa.requests import sequence_tiles_key
 from tests.backward_cases import DTYPES
 from tests.numerics import check_backward, check_forward
 from tests.varlen_cases import Lengths

@@ -12,7 +12,8 @@ import cutlass_fa
 from cutlass_fa.cell import Cell
 from cutlass_fa.device import device_info
 from cutlass_fa.dispatch import DISPATCH_TABLE, DispatchKey
-from cutlass_fa.requests import PositionBias, Window, forward_request
+from cutlass_fa.request_parts import PositionBias, Window
+from cutlass_fa.requests import forward_request
 from tests.agreement import Agreement
 from tests.numerics import check_forward, random_qkv
 

@@ -15,7 +15,8 @@ from cutlass_fa.arrays import ArraySpec
 from cutlass_fa.extras import ExtraSpecs
 from cutlass_fa.problem import Problem
 from cutlass_fa.reference import attention_backward, attention_forward
-from cutlass_fa.requests import Causal, Full, packed_gqa_ratio
+from cutlass_fa.request_parts import Causal, Full
+from cutlass_fa.requests import packed_gqa_ratio
 from tests.varlen_cases import Lengths
 
 LENGTHS = Lengths("mixed", ((5, 7), (0, 3), (6, 2)), used_q=(5, 0, 4), behind=(2, 1))

@@ -28,7 +28,7 @@ from cutlass_fa.cell import Cell
 from cutlass_fa.dispatch import DispatchKey
 from cutlass_fa.executor import ExecutorFault, ExecutorKernel, HostCompileError, Program, run_forward
 from cutlass_fa.render import Source, render
-from cutlass_fa.requests import PersistentMode
+from cutlass_fa.request_parts import PersistentMode
 from tests.numerics import check_forward, poisoned, random_qkv
 
 DEFAULT_KEY = "fa3_fwd_sm90a_bf16_hdim64_causal"

@@ -31,7 +31,8 @@ from cutlass_fa.demo import forward_flops, launch_problem
 from cutlass_fa.dispatch import DISPATCH_TABLE, DispatchKey
 from cutlass_fa.errors import FlashAttnError
 from cutlass_fa.render import render
-from cutlass_fa.requests import Causal, Fa3FwdRequest, Full
+from cutlass_fa.request_parts import Causal, Full
+from cutlass_fa.requests import Fa3FwdRequest
 from tools.bench_device import CupyDevice
 from tools.bench_points import Point
 from tools.bench_report import aligned

@@ -93,7 +93,7 @@ def launcher(cell: Fa2BwdCell, point: Point, arrays: tuple[Any, ...]) -> Any:
     from cutlass_fa.arrays import library_of
     from cutlass_fa.launches.fa2_bwd import Fa2BwdPlan
     from cutlass_fa.problem_backward import BackwardProblem
-    from cutlass_fa.requests import Window
+    from cutlass_fa.request_parts import Window
 
     spec = library_of(type(arrays[0])).spec
     dout, q, k, v, out, lse, dq, dk, dv = arrays

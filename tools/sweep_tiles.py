@@ -118,7 +118,7 @@ def launchers(built: list[tuple[Cell, Kernel]], point: Point, peers: dict[str, P
     from cutlass_fa.arrays import library_of
     from cutlass_fa.launches import forward_plan
     from cutlass_fa.problem import Problem
-    from cutlass_fa.requests import Window
+    from cutlass_fa.request_parts import Window
 
     q, k, v, out = (torch.randn(point.q_shape, device="cuda", dtype=torch.bfloat16) for _ in range(4))
     library = library_of(type(q))

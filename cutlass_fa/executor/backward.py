@@ -16,7 +16,7 @@ from ..extras import EXTRA_NAMES, ExtraSpecs
 from ..launches.fa2_bwd import Workspace, launches_of
 from ..problem_backward import BackwardProblem
 from ..render import render
-from ..requests import Window
+from ..request_parts import Window
 from .build import ExecutorKernel, Program
 from .faults import ExecutorError
 from .launch import DEFAULT_TIME_LIMIT_S, GlobalMemory, launch

@@ -18,7 +18,7 @@ from ..extras import EXTRA_NAMES, ExtraSpecs
 from ..launches import fa2_fwd, fa3_fwd
 from ..problem import Problem
 from ..render import render
-from ..requests import PersistentMode, Window
+from ..request_parts import PersistentMode, Window
 from .build import ExecutorKernel, Program
 from .faults import ExecutorError, ExecutorFault
 from .launch import DEFAULT_TIME_LIMIT_S, Buffer, GlobalMemory, launch

@@ -12,7 +12,7 @@ from ..cell import Cell
 from ..kernels import Kernel
 from ..launch import KernelLaunch, pack, tile_count
 from ..problem_append import APPEND_NAMES, AppendProblem
-from ..requests import MAX_SEQLEN
+from ..request_parts import MAX_SEQLEN
 
 RESULTS = ("seqlens_k", "turned_q")  # what the pass writes beside the caches, the second with rotary alone
 

@@ -26,7 +26,8 @@ from ..launch import (
     window_values,
 )
 from ..problem import Problem
-from ..requests import Fa3FwdRequest, Persistent
+from ..request_parts import Persistent
+from ..requests import Fa3FwdRequest
 from ..tile_counters import tile_counters
 from ..tma import TensorMapGeometry, TensorMaps, page_steps
 from .sequence_tiles import SequenceTilesLaunch, capacity
