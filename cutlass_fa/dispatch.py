@@ -54,8 +54,8 @@ class DispatchKey:
     head_dim: the cell's head_dim, one of 64, 80, 96, 128, 192, 256 (`cell_head_dim` rounds up).
     causal, varlen, sliding_window, alibi, sink, learnable_sink, paged, position_offset, softcap, dropout, float_out, deterministic, split:
         presence flags. sink is of sink tokens, learnable_sink of logits without a key. position_offset: the call says where its first query
-        and key stand. float_out: out is written in float32. The last two are the backward's: dq is summed in a fixed order; dk and dv are
-        sums of parts that several CTAs make.
+        and key stand. float_out: out is written in float32. deterministic is the backward's: dq is summed in a fixed order. split: results are
+        sums of parts that several CTAs make, of a forward out (of a KV cache, for few queries), of a backward dk and dv.
     gqa_ratio: query heads packed into a tile's rows; 1 where heads are not packed (the ratio is then a runtime number).
     v_dtype: element type of v; "" (the default) means that of q and k.
     """
@@ -197,7 +197,7 @@ _MASKS = ("causal", "varlen", "sliding_window", "alibi", "sink")
 # What has a template: (family, direction) -> the presence flags that it knows.
 BUILT_FLAGS: dict[tuple[str, str], tuple[str, ...]] = {
     ("fa2", "fwd"): (*_MASKS, "learnable_sink", "position_offset", "softcap", "dropout", "float_out"),
-    ("fa3", "fwd"): (*_MASKS, "learnable_sink", "paged", "position_offset", "softcap", "float_out"),
+    ("fa3", "fwd"): (*_MASKS, "learnable_sink", "paged", "position_offset", "softcap", "float_out", "split"),
     ("fa2", "bwd"): (*_MASKS, "position_offset", "softcap", "dropout", "deterministic", "split"),
     ("fa2", "bwd_preprocess"): ("varlen", "learnable_sink"),
     ("fa2", "bwd_convert"): ("varlen", "split"),
@@ -240,7 +240,7 @@ def _semantic_reasons(key: DispatchKey) -> list[str]:
             key.direction == "bwd_convert" and key.split and key.varlen,
             "parts of dk and dv are added up as of one sequence: leave out varlen",
         ),
-        (key.split and not backward, "split is the backward's: parts of dk and dv"),
+        (key.split and not backward and not key.paged, "the keys of a forward's tile are divided among CTAs where they are a cache's: split needs paged"),
         (
             key.learnable_sink and key.direction == "bwd",
             "a backward's main kernel is the same with learnable_sink, which lse holds: bwd_preprocess makes the gradient",
@@ -309,6 +309,10 @@ DISPATCH_TABLE = DispatchTable(
         _fa3_fwd("bf16", 128, causal=True, alibi=True, position_offset=True, float_out=True),
         _fa3_fwd("bf16", 64, causal=True, sliding_window=True, learnable_sink=True),
         _fa3_fwd("bf16", 128, causal=True, varlen=True, paged=True, gqa_ratio=4),
+        _fa3_fwd("bf16", 128, causal=True, varlen=True, paged=True, split=True, gqa_ratio=4),
+        _fa3_fwd(
+            "bf16", 64, causal=True, varlen=True, paged=True, alibi=True, learnable_sink=True, float_out=True, split=True, **_SINK_WINDOW
+        ),
         _fa2_fwd("sm_80", "bf16", 128),
         _fa2_fwd("sm_80", "bf16", 128, causal=True),
         _fa2_fwd("sm_80", "f16", 128, causal=True),

@@ -11,6 +11,9 @@ CUTLASS_FA_DEVICE T shuffle_xor(T value, int lane_mask) {
   return __shfl_xor_sync(0xffffffffu, value, lane_mask);
 }
 
+// The value of one lane, which may be another for each asking lane.
+CUTLASS_FA_DEVICE int shuffle(int value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
+
 // Until all lanes are here; what they wrote before is visible to each other after.
 CUTLASS_FA_DEVICE void warp_sync() { __syncwarp(); }
 
@@ -35,6 +38,23 @@ CUTLASS_FA_DEVICE float quad_sum(float value) {
 CUTLASS_FA_DEVICE float warp_sum(float value) {
 #pragma unroll
   for (int distance = kWarpSize / 2; distance > 0; distance /= 2) { value += shuffle_xor(value, distance); }
+  return value;
+}
+
+CUTLASS_FA_DEVICE int warp_sum(int value) {
+#pragma unroll
+  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) { value += shuffle_xor(value, distance); }
+  return value;
+}
+
+// The sum over this lane and those before it (Hillis and Steele 1986).
+CUTLASS_FA_DEVICE int warp_running_sum(int value) {
+  int const lane = static_cast<unsigned>(thread_index()) % kWarpSize;
+#pragma unroll
+  for (int distance = 1; distance < kWarpSize; distance *= 2) {
+    int const before = shuffle(value, max(lane - distance, 0));
+    value += lane >= distance ? before : 0;
+  }
   return value;
 }
 
