@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .api import flash_attn_func
     from .api_backward import flash_attn_backward
+    from .api_kvcache import flash_attn_with_kvcache
     from .api_varlen import flash_attn_varlen_backward, flash_attn_varlen_func
     from .dispatch import DISPATCH_TABLE, DispatchKey
     from .errors import FlashAttnError
@@ -70,6 +71,7 @@ __all__ = [
     "flash_attn_func",
     "flash_attn_varlen_backward",
     "flash_attn_varlen_func",
+    "flash_attn_with_kvcache",
     "merge_attention_states",
     "no_compile",
 ]
@@ -79,6 +81,7 @@ _MODULES = {
     "flash_attn_func": "api",
     "flash_attn_varlen_backward": "api_varlen",
     "flash_attn_varlen_func": "api_varlen",
+    "flash_attn_with_kvcache": "api_kvcache",
     "DISPATCH_TABLE": "dispatch",
     "DispatchKey": "dispatch",
     "ContiguousKvCache": "kv_cache",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from . import kernels
@@ -96,8 +96,10 @@ def forward(
     extras: tuple[Any, ...],
     random_state: tuple[int, int],
     backend: str,
+    before: Callable[[], None] | None = None,
 ) -> Any:
-    """A forward call, whatever its arrays look like. options: in the order of _OPTION_NAMES; extras: in that of EXTRA_NAMES."""
+    """A forward call, whatever its arrays look like. options: in the order of OPTION_NAMES; extras: in that of EXTRA_NAMES. before:
+    launches what comes first, and is called when nothing can be refused any more."""
     dropout_p, float_out = options[8:10]
     if dropout_p:
         check_random_state(random_state)
@@ -124,6 +126,8 @@ def forward(
         workspace = library.empty((plan.workspace_floats,), "f32", device)
         library.retain((workspace,), stream)
         (workspace_pointer,) = library.pointers((workspace,))
+    if before is not None:
+        before()
     plan.run(pointers[:3], pointers[3], lse_pointer, stream, random_state, extra_pointers, workspace_pointer)
     return (out, lse) if return_lse else out
 
@@ -135,11 +139,11 @@ def mask_options(causal: bool, window_size: Any, sink_tokens: int, q_offset: int
     return causal, tuple(window_size), sink_tokens, q_offset, k_offset
 
 
-# The arguments of a call that are neither arrays nor new at every call, in the order of _OPTION_NAMES. A plain tuple, because it is made
+# The arguments of a call that are neither arrays nor new at every call, in the order of OPTION_NAMES. A plain tuple, because it is made
 # and hashed on every call.
 _Options = tuple[Any, ...]
 MASK_NAMES = ("causal", "window_size", "sink_tokens", "q_offset", "k_offset")
-_OPTION_NAMES = (
+OPTION_NAMES = (
     *("softmax_scale", *MASK_NAMES, "persistent", "softcap", "dropout_p", "float_out", "family"),
     *("max_seqlen_q", "max_seqlen_k", "cached"),
 )
@@ -204,7 +208,7 @@ def is_float32(out_dtype: Any) -> bool:
 
 
 def _problem(library: ArrayLibrary, arrays: tuple[Any, ...], options: _Options, extras: tuple[Any, ...], arch: str) -> Problem:
-    named: dict[str, Any] = dict(zip(_OPTION_NAMES, options, strict=True))
+    named: dict[str, Any] = dict(zip(OPTION_NAMES, options, strict=True))
     mask = mask_of(named.pop("window_size"), named.pop("causal"))
     q, k, v, out = (None if array is None else library.spec(array) for array in arrays)
     assert q is not None and k is not None and v is not None
@@ -237,7 +241,7 @@ def reference_options(
 ) -> dict[str, Any]:
     """What reference.py is told of a call's options and extra arrays."""
     arrays = dict(zip(EXTRA_NAMES, extras, strict=True))
-    options = {name: value for name, value in (named | arrays).items() if name not in _NOT_THE_REFERENCES}
+    options = {name: value for name, value in {**named, **arrays}.items() if name not in _NOT_THE_REFERENCES}
     if request.dropout_p > 0:
         sizes = (request.batch, request.num_heads_q, request.seqlen_q, request.seqlen_k)
         options["dropout_mask"] = dropout_mask(*random_state, request.dropout_p, *sizes)
@@ -253,7 +257,7 @@ def _reference(
     library = reference_library(q)
     _check_one_library((q, k, v) if out is None else (q, k, v, out), extras)
     request = _problem(library, (q, k, v, out), options, extras, "sm_90a").request  # refuses what the kernels refuse
-    named: dict[str, Any] = dict(zip(_OPTION_NAMES, options, strict=True))
+    named: dict[str, Any] = dict(zip(OPTION_NAMES, options, strict=True))
     dtype = "float32" if named["float_out"] else q.dtype
     result, lse = attention_forward(q, k, v, **reference_options(named, extras, request, random_state))
     if out is None:

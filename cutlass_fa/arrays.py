@@ -54,7 +54,7 @@ class ArrayLibrary(Protocol):
     def current_stream(self, device: int) -> int: ...
 
     def numbers(self, x: Any) -> list[Any]:
-        """A one-dimensional array's elements; waits for the GPU."""
+        """An array's elements, of two dimensions as a list of rows; waits for the GPU."""
         ...
 
 
@@ -72,7 +72,12 @@ class CupyArrays:
         self._current_stream = cupy.cuda.get_current_stream
         self._is_capturing = cupy.cuda.runtime.streamIsCapturing
         self._of_graphs: list[Any] = []
-        self._dtypes = {"f16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16), "f32": np.dtype(np.float32)}
+        self._dtypes = {
+            "f16": np.dtype(np.float16),
+            "bf16": np.dtype(ml_dtypes.bfloat16),
+            "f32": np.dtype(np.float32),
+            "i32": np.dtype(np.int32),
+        }
 
     def signatures(self, arrays: Sequence[Any]) -> tuple[Any, ...]:
         return tuple([(x.shape, x.strides, x.dtype, x.data.device_id) for x in arrays])
@@ -109,7 +114,7 @@ class TorchArrays:
         self._empty = torch.empty
         self._is_grad_enabled = torch.is_grad_enabled
         self._current_stream = torch.cuda.current_stream
-        self._dtypes = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
+        self._dtypes = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32, "i32": torch.int32}
 
     def signatures(self, arrays: Sequence[Any]) -> tuple[Any, ...]:
         if any([x.requires_grad for x in arrays]) and self._is_grad_enabled():

@@ -16,12 +16,13 @@ from .arch.limits import ARCH_LIMITS, arch_problem
 from .errors import UnknownKey, UnsupportedCell
 
 FAMILIES = ("fa2", "fa3")
-DIRECTIONS = ("fwd", "bwd", "bwd_preprocess", "bwd_convert", "bwd_reduce", "sequence_tiles")
+DIRECTIONS = ("fwd", "bwd", "bwd_preprocess", "bwd_convert", "bwd_reduce", "sequence_tiles", "append_kv")
 ARCHS = tuple(ARCH_LIMITS)  # those with tables; later ones are served too
 DTYPES = ("f16", "bf16", "e4m3", "e5m2")
 FP8_DTYPES = ("e4m3", "e5m2")
 CELL_HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 SEQUENCE_TILES_OF = ("bf16", 64)  # dtype and head_dim in the key of a kernel that depends on neither
+APPEND_KV_HEAD_DIM = 64  # in the key of a kernel to which it is a runtime number
 MAX_GQA_RATIO = 64  # a warpgroup's rows: every warpgroup then holds whole queries
 
 # Presence flags in the order in which they stand in a key's name: (field, word in the name).
@@ -39,6 +40,7 @@ FLAG_WORDS = (
     ("float_out", "f32out"),
     ("deterministic", "deterministic"),
     ("split", "split"),
+    ("rotary", "rotary"),
 )
 
 
@@ -48,14 +50,15 @@ class DispatchKey:
 
     family: "fa2" (mma.sync + cp.async, sm_80 and later) or "fa3" (TMA + WGMMA, sm_90a).
     direction: "fwd", "bwd", or a pass beside them: "bwd_preprocess" before a backward, "bwd_convert" and "bwd_reduce" after it,
-        "sequence_tiles" before what works on packed sequences.
+        "sequence_tiles" before what works on packed sequences, "append_kv" before what reads a KV cache.
     arch: NVRTC's name of the target, e.g. "sm_90a"; any from sm_80 on.
     dtype: element type of q and k: "f16", "bf16", "e4m3" or "e5m2".
     head_dim: the cell's head_dim, one of 64, 80, 96, 128, 192, 256 (`cell_head_dim` rounds up).
-    causal, varlen, sliding_window, alibi, sink, learnable_sink, paged, position_offset, softcap, dropout, float_out, deterministic, split:
-        presence flags. sink is of sink tokens, learnable_sink of logits without a key. position_offset: the call says where its first query
-        and key stand. float_out: out is written in float32. deterministic is the backward's: dq is summed in a fixed order. split: results are
-        sums of parts that several CTAs make, of a forward out (of a KV cache, for few queries), of a backward dk and dv.
+    causal, varlen, sliding_window, alibi, sink, learnable_sink, paged, position_offset, softcap, dropout, float_out, deterministic, split,
+        rotary: presence flags. sink is of sink tokens, learnable_sink of logits without a key. position_offset: the call says where its
+        first query and key stand. float_out: out is written in float32. deterministic is the backward's: dq is summed in a fixed order.
+        split: results are sums of parts that several CTAs make, a forward's out (on a KV cache), a backward's dk and dv. rotary:
+        append_kv turns queries and new keys by their positions.
     gqa_ratio: query heads packed into a tile's rows; 1 where heads are not packed (the ratio is then a runtime number).
     v_dtype: element type of v; "" (the default) means that of q and k.
     """
@@ -78,6 +81,7 @@ class DispatchKey:
     float_out: bool = False
     deterministic: bool = False
     split: bool = False
+    rotary: bool = False
     gqa_ratio: int = 1
     v_dtype: str = ""
 
@@ -203,6 +207,7 @@ BUILT_FLAGS: dict[tuple[str, str], tuple[str, ...]] = {
     ("fa2", "bwd_convert"): ("varlen", "split"),
     ("fa2", "bwd_reduce"): (),
     ("fa2", "sequence_tiles"): (),
+    ("fa2", "append_kv"): ("rotary",),
 }
 
 
@@ -219,7 +224,7 @@ def _semantic_reasons(key: DispatchKey) -> list[str]:
         (key.head_dim not in CELL_HEAD_DIMS, f"head_dim {key.head_dim} is not a cell; cells are {', '.join(map(str, CELL_HEAD_DIMS))}"),
         (key.family == "fa3" and key.arch != "sm_90a", f"family fa3 needs TMA and WGMMA of sm_90a, not {key.arch}; use family fa2"),
         (fp8 and key.arch != "sm_90a", f"fp8 needs sm_90a, not {key.arch}"),
-        (fp8 and backward, "there is no fp8 backward; use f16 or bf16"),
+        (fp8 and backward and key.direction != "append_kv", "there is no fp8 backward; use f16 or bf16"),
         ((key.dtype in FP8_DTYPES) != (key.v_dtype in FP8_DTYPES), f"q/k {key.dtype} with v {key.v_dtype}: both 16-bit or both fp8"),
         (not fp8 and key.v_dtype != key.dtype, f"q/k {key.dtype} with v {key.v_dtype}: 16-bit types must agree"),
         (key.sink and not key.sliding_window, "sink tokens need a sliding window: without one every query sees the first keys anyway"),
@@ -236,6 +241,11 @@ def _semantic_reasons(key: DispatchKey) -> list[str]:
             key.direction == "sequence_tiles" and (key.dtype, key.head_dim) != SEQUENCE_TILES_OF,
             "one list of tiles serves all: its key has dtype {} and head_dim {}".format(*SEQUENCE_TILES_OF),
         ),
+        (
+            key.direction == "append_kv" and key.head_dim != APPEND_KV_HEAD_DIM,
+            f"one kernel appends rows of every head_dim: its key has head_dim {APPEND_KV_HEAD_DIM}",
+        ),
+        (key.rotary and key.direction != "append_kv", "attention reads queries and keys that append_kv has turned: leave out rotary"),
         (
             key.direction == "bwd_convert" and key.split and key.varlen,
             "parts of dk and dv are added up as of one sequence: leave out varlen",
@@ -353,6 +363,9 @@ DISPATCH_TABLE = DispatchTable(
         _fa2_bwd("sm_100", "bf16", 128),
         _fa2_bwd("sm_120", "bf16", 128),
         DispatchKey("fa2", "sequence_tiles", "sm_80", *SEQUENCE_TILES_OF),
+        DispatchKey("fa2", "append_kv", "sm_80", "bf16", APPEND_KV_HEAD_DIM),
+        DispatchKey("fa2", "append_kv", "sm_80", "bf16", APPEND_KV_HEAD_DIM, rotary=True),
+        DispatchKey("fa2", "append_kv", "sm_90a", "f16", APPEND_KV_HEAD_DIM, rotary=True),
         DispatchKey("fa2", "bwd_preprocess", "sm_80", "bf16", 128),
         DispatchKey("fa2", "bwd_preprocess", "sm_80", "bf16", 128, varlen=True, learnable_sink=True),
         DispatchKey("fa2", "bwd_preprocess", "sm_80", "bf16", 128, learnable_sink=True),

@@ -19,7 +19,7 @@ from .params import ParamField
 class ExtraSpecs:
     """alibi_slopes: float32 (num_heads_q,) or (batch, num_heads_q). learnable_sink: float32 (num_heads_q,). cu_seqlens_q, cu_seqlens_k:
     int32 (batch + 1,) of packed sequences; seqused_q, seqused_k: int32 (batch,). Of a KV cache, whose keys have no cu_seqlens_k:
-    block_table: int32 (batch, max_blocks); cache_leftpad: int32 (batch,)."""
+    block_table: int32 (batch, max_blocks), of a contiguous cache (batch,), the row of each sequence; cache_leftpad: int32 (batch,)."""
 
     alibi_slopes: ArraySpec | None = None
     learnable_sink: ArraySpec | None = None
@@ -53,14 +53,17 @@ class ExtraSpecs:
         """extras: arrays or None in the order of EXTRA_NAMES."""
         return cls(*(None if array is None else library.spec(array) for array in extras))
 
-    @property
-    def num_cached_sequences(self) -> int:
-        """Of a KV cache. Raises InvalidArgument without lengths of its sequences, EmptyBatch where there are none."""
-        if self.seqused_k is None or self.cu_seqlens_k is not None:
+    def num_cached_sequences(self, default: int) -> int:
+        """Of a KV cache; `default` where no array says it. Raises InvalidArgument for cu_seqlens_k, EmptyBatch where there are none."""
+        if self.cu_seqlens_k is not None:
             raise InvalidArgument("the keys of a cache have lengths (seqused_k), one for each sequence, and no cu_seqlens_k")
-        if not self.seqused_k.shape or self.seqused_k.shape[0] < 1:
-            raise EmptyBatch(f"seqused_k has shape {self.seqused_k.shape}: expected (batch,) with at least one sequence")
-        return self.seqused_k.shape[0]
+        if self.cu_seqlens_q is not None:
+            return self.num_sequences
+        spec = self.seqused_k or self.block_table
+        batch = default if spec is None else (spec.shape or (0,))[0]
+        if batch < 1:
+            raise EmptyBatch("at least one sequence is needed: an array that has a number for each is empty")
+        return batch
 
     def check(self, q: ArraySpec, batch: int) -> None:
         """Raises InvalidArgument, naming the array, where one is not what it should be, or not where q (..., num_heads_q, head_dim) is."""
@@ -106,7 +109,7 @@ def check_per_head(name: str, spec: ArraySpec, num_heads_q: int) -> None:
     """Raises InvalidArgument, naming the array, unless it has one float32 for each query head."""
     if spec.shape != (num_heads_q,):
         raise InvalidArgument(f"{name} has shape {spec.shape}: expected ({num_heads_q},), a number a query head")
-    _check_numbers(name, spec, "float32")
+    check_numbers(name, spec, "float32")
 
 
 def _check_slopes(slopes: ArraySpec, batch: int, num_heads_q: int) -> None:
@@ -114,23 +117,24 @@ def _check_slopes(slopes: ArraySpec, batch: int, num_heads_q: int) -> None:
         raise InvalidArgument(
             f"alibi_slopes has shape {slopes.shape}: expected ({num_heads_q},) or ({batch}, {num_heads_q}), a slope a head"
         )
-    _check_numbers("alibi_slopes", slopes, "float32")
+    check_numbers("alibi_slopes", slopes, "float32")
 
 
 def _check_lengths(name: str, spec: ArraySpec, length: int) -> None:
     if spec.shape != (length,):
         meaning = "(batch + 1,)" if name.startswith("cu_seqlens") else "(batch,)"
         raise InvalidArgument(f"{name} has shape {spec.shape}: expected ({length},), {meaning} with the batch that cu_seqlens_q has")
-    _check_numbers(name, spec, "int32")
+    check_numbers(name, spec, "int32")
 
 
 def _check_table(table: ArraySpec, batch: int) -> None:
-    if len(table.shape) != 2 or table.shape[0] != batch:
+    if len(table.shape) not in (1, 2) or table.shape[0] != batch:
         raise InvalidArgument(f"block_table has shape {table.shape}: expected ({batch}, max_blocks), a row of blocks a sequence")
-    _check_numbers("block_table", table, "int32")
+    check_numbers("block_table", table, "int32")
 
 
-def _check_numbers(name: str, spec: ArraySpec, dtype: str) -> None:
+def check_numbers(name: str, spec: ArraySpec, dtype: str) -> None:
+    """Raises InvalidArgument, naming the array, unless it has that dtype and a contiguous last dimension."""
     if spec.dtype != dtype:
         raise InvalidArgument(f"{name} has dtype {spec.dtype}: expected {dtype}; convert it with astype")
     if spec.shape[-1] > 1 and spec.strides[-1] != 1:

@@ -66,7 +66,7 @@ SEQUENCES = (
 CACHED_SEQUENCES = (
     ParamField("cu_seqlens_q", "int*", "(batch + 1,) first rows of the sequences in q, and their end, or null: equally many each"),
     ParamField("seqused_q", "int*", "(batch,) rows of each sequence that are used, or null: all"),
-    ParamField("seqused_k", "int*", "(batch,) keys of each sequence, its padding included"),
+    ParamField("seqused_k", "int*", "(batch,) keys of each sequence, its padding included, or null: as many as there is room for"),
     ParamField("block_table", "int*", "(batch, max_pages) pages of each sequence in order, or null: page b is sequence b's only one"),
     ParamField("cache_leftpad", "int*", "(batch,) keys before a sequence's first that are padding, or null: none"),
 )

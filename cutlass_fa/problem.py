@@ -11,7 +11,7 @@ from typing import Any
 from .arrays import ArraySpec
 from .errors import InvalidArgument, PagedHeadDimMismatch, UnsupportedDtype
 from .extras import NO_EXTRAS, ExtraSpecs, check_device
-from .kv_cache import PAGE_SIZES, ContiguousKvCache, KvCache, PagedKvCache
+from .kv_cache import ContiguousKvCache, KvCache, PagedKvCache
 from .requests import DTYPES_16BIT, CumulativeSeqlens, FwdRequest, MaskKind, PersistentMode, PositionBias, forward_request
 
 ALIGNMENT_BYTES = 16  # of every address and stride: the granularity of TMA and of the kernels' stores
@@ -22,7 +22,8 @@ _ELEMENT_BYTES = {"float32": 4}  # of all others 2
 class Problem:
     """q (batch, seqlen_q, num_heads_q, head_dim), k and v (batch, seqlen_k, num_heads_kv, head_dim), out like q, or in float32; strides in
     elements. Of packed sequences all of them stand as one of total_q and total_k rows, in a batch of 1 (the request's batch counts the
-    sequences). Of a KV cache k and v are its pages (num_blocks, block_size, num_heads_kv, head_dim)."""
+    sequences). Of a KV cache k and v are its pages (num_blocks, block_size, num_heads_kv, head_dim); batch_shape: (batch, seqlen_q)
+    where the caller's q and out have them as two dimensions."""
 
     request: FwdRequest
     q: ArraySpec
@@ -30,6 +31,7 @@ class Problem:
     v: ArraySpec
     out: ArraySpec
     extras: ExtraSpecs = NO_EXTRAS
+    batch_shape: tuple[int, int] | None = None
 
     @property
     def lse_shape(self) -> tuple[int, ...]:
@@ -40,6 +42,8 @@ class Problem:
     @property
     def out_shape(self) -> tuple[int, ...]:
         """As the caller sees it: of packed sequences (total_q, num_heads_q, head_dim)."""
+        if self.batch_shape is not None:
+            return *self.batch_shape, *self.out.shape[2:]
         return self.out.shape if self.request.cu_seqlens is None else self.out.shape[1:]
 
     @classmethod
@@ -69,27 +73,30 @@ class Problem:
         """Check the arrays of a forward call and describe it. out None: a fresh contiguous (batch, seqlen_q, num_heads_q, head_dim).
         family None: the one that serves the call. With cu_seqlens among the extras, q, k, v and out are packed, without the batch
         dimension, and max_seqlen_q, max_seqlen_k say how long sequences are at most (None: not known). cached: k and v are a KV cache,
-        paged where there is a block_table of more than one block a sequence; q and out are packed, with or without cu_seqlens_q.
+        paged where block_table has two dimensions; q and out are packed where there is cu_seqlens_q, else as always.
 
         Raises InvalidArgument (rank, shape, stride, device, a mix of dtypes; names the argument), UnsupportedDtype, and everything
         that the request raises (EmptyBatch, ZeroSeqlen, InvalidGqaRatio, UnsupportedHeadDim ...).
         """
-        packed = cached or extras.is_packed
+        packed = extras.cu_seqlens_q is not None if cached else extras.is_packed
         for name, spec in (("q", q), ("k", k), ("v", v)):
             check_rank(name, spec, packed and (name == "q" or not cached))
+        batch_shape = (q.shape[0], q.shape[1]) if cached and not packed else None
         if packed:
             if out is not None:
                 check_rank("out", out, packed)
                 out = one_sequence(out)
             q = one_sequence(q)
             k, v = (k, v) if cached else (one_sequence(k), one_sequence(v))
+        if batch_shape is not None:
+            q, out = rows_of_batch("q", q), None if out is None else rows_of_batch("out", out)
         check_same_dtype(q, k, v)
         check_shapes(q, k, v, cached)
         num_heads_q, head_dim = q.shape[2:]
         request = forward_request(
             family,
             persistent,
-            **(cached_sizes_of(q, k, extras, max_seqlen_q) if cached else sizes_of(q, k, extras, max_seqlen_q, max_seqlen_k)),
+            **(cached_sizes_of(q, k, extras, max_seqlen_q, batch_shape) if cached else sizes_of(q, k, extras, max_seqlen_q, max_seqlen_k)),
             num_heads_q=num_heads_q,
             num_heads_kv=k.shape[2],
             head_dim=head_dim,
@@ -109,7 +116,7 @@ class Problem:
         like = replace(q, dtype="float32") if float_out else q
         if out is None:
             out = fresh_like(like)
-            out = replace(out, strides=(0, *out.strides[1:])) if packed else out
+            out = replace(out, strides=(0, *out.strides[1:])) if packed or cached else out
         if float_out and out.dtype != like.dtype:
             raise InvalidArgument(f"out has dtype {out.dtype}: expected float32, as out_dtype says")
         check_out(out, like)
@@ -117,7 +124,7 @@ class Problem:
             check_strides(name, spec)
             check_device(name, spec, q)
         extras.check(q, request.batch)
-        return cls(request, q, k, v, out, extras)
+        return cls(request, q, k, v, out, extras, batch_shape)
 
 
 def check_pointers(pointers: tuple[int, ...]) -> None:
@@ -141,33 +148,43 @@ def sizes_of(q: ArraySpec, k: ArraySpec, extras: ExtraSpecs, max_seqlen_q: int |
     return dict(zip(("seqlen_q", "seqlen_k"), longest, strict=True)) | {"batch": extras.num_sequences, "cu_seqlens": rows}
 
 
-def cached_sizes_of(q: ArraySpec, k: ArraySpec, extras: ExtraSpecs, max_seqlen_q: int | None) -> dict[str, Any]:
-    """The same where k is a cache's pages."""
-    batch, total_q, cache = extras.num_cached_sequences, q.shape[1], kv_cache_of(k, extras)
-    if extras.cu_seqlens_q is None:
-        if total_q % batch:
-            raise InvalidArgument(f"q has {total_q} rows and {batch} sequences, no whole number each: pass cu_seqlens_q")
-        max_seqlen_q = total_q // batch
+def cached_sizes_of(
+    q: ArraySpec, k: ArraySpec, extras: ExtraSpecs, max_seqlen_q: int | None, batch_shape: tuple[int, int] | None
+) -> dict[str, Any]:
+    """The same where k is a cache's pages and q one sequence of all rows."""
+    batch, total_q = extras.num_cached_sequences(k.shape[0] if batch_shape is None else batch_shape[0]), q.shape[1]
+    if batch_shape is not None:
+        if batch != batch_shape[0]:
+            raise InvalidArgument(f"q has batch {batch_shape[0]} and the cache's lengths or table have {batch} rows: they must agree")
+        max_seqlen_q = batch_shape[1]
+    cache = kv_cache_of(k, extras.block_table, batch)
     longest = total_q if max_seqlen_q is None else min(max_seqlen_q, total_q)
     rows = CumulativeSeqlens(total_q, batch * cache.capacity)
     return {"batch": batch, "seqlen_q": longest, "seqlen_k": cache.capacity, "cu_seqlens": rows, "kv_cache": cache}
 
 
-def kv_cache_of(k: ArraySpec, extras: ExtraSpecs) -> KvCache:
-    """What a cache's pages are: those of a block table, or whole sequences. Raises InvalidArgument, InvalidPagedBlockSize,
-    EmptyPagedCache."""
+def kv_cache_of(k: ArraySpec, block_table: ArraySpec | None, batch: int) -> KvCache:
+    """What a cache's pages are: those of a block table (batch, max_blocks), or whole sequences. Raises InvalidArgument,
+    InvalidPagedBlockSize, EmptyPagedCache."""
     num_blocks, block_size = k.shape[:2]
-    batch = extras.num_cached_sequences
-    if extras.block_table is None:
-        if batch > num_blocks:
-            raise InvalidArgument(f"k has {num_blocks} sequences and seqused_k has {batch}: the cache needs a row for each sequence")
+    if block_table is None and batch > num_blocks:
+        raise InvalidArgument(f"k has {num_blocks} rows for {batch} sequences: one each is needed, or a table that says which")
+    if block_table is None or len(block_table.shape) == 1:
         return ContiguousKvCache(num_blocks, block_size)
-    max_blocks = extras.block_table.shape[-1]
-    return (
-        ContiguousKvCache(num_blocks, block_size)
-        if max_blocks == 1 and block_size not in PAGE_SIZES
-        else PagedKvCache(num_blocks, block_size, max_blocks)
-    )
+    return PagedKvCache(num_blocks, block_size, block_table.shape[1])
+
+
+def rows_of_batch(name: str, spec: ArraySpec) -> ArraySpec:
+    """(batch, seqlen, heads, head_dim) as one sequence of batch * seqlen rows. Raises InvalidArgument where they are unequally apart."""
+    batch, seqlen, *others = spec.shape
+    by_batch, by_row, *of_others = spec.strides
+    step = by_batch if seqlen == 1 else by_row
+    if batch > 1 and seqlen > 1 and by_batch != seqlen * by_row:
+        raise InvalidArgument(
+            f"{name} has strides {spec.strides} (elements): in a call on a cache sequences must follow each other, {seqlen} rows "
+            f"of {by_row} elements apart; copy {name} to a contiguous array, or pass it packed with cu_seqlens_q"
+        )
+    return ArraySpec((1, batch * seqlen, *others), (0, step, *of_others), spec.dtype, spec.device)
 
 
 def one_sequence(spec: ArraySpec) -> ArraySpec:

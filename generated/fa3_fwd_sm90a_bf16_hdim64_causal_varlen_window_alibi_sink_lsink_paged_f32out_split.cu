@@ -55,7 +55,7 @@ struct Params {
   float* learnable_sink;  // (num_heads_q,) a logit without a key in each row of a head, -inf for none
   int* cu_seqlens_q;  // (batch + 1,) first rows of the sequences in q, and their end, or null: equally many each
   int* seqused_q;  // (batch,) rows of each sequence that are used, or null: all
-  int* seqused_k;  // (batch,) keys of each sequence, its padding included
+  int* seqused_k;  // (batch,) keys of each sequence, its padding included, or null: as many as there is room for
   int* block_table;  // (batch, max_pages) pages of each sequence in order, or null: page b is sequence b's only one
   int* cache_leftpad;  // (batch,) keys before a sequence's first that are padding, or null: none
   int64_t o_stride_batch;  // elements
@@ -100,7 +100,8 @@ CUTLASS_FA_DEVICE Sequence cached_keys(Params const& params, int sequence) {
   if (sequence >= params.batch) { return {0, 0, 0}; }
   int const capacity = params.total_k / params.batch;
   int const padding = params.cache_leftpad == nullptr ? 0 : min(max(params.cache_leftpad[sequence], 0), capacity);
-  int const keys = min(max(params.seqused_k[sequence], padding), capacity) - padding;
+  int const end = params.seqused_k == nullptr ? capacity : min(max(params.seqused_k[sequence], padding), capacity);
+  int const keys = end - padding;
   return {padding, keys, keys};
 }
 

@@ -98,7 +98,7 @@ class CacheCase:
         places = [
             (np.full(length, place), np.arange(length) + pad) for (_, length), pad, place in zip(self.pairs, padding, index, strict=True)
         ]
-        table = None if self.batch_index is None else np.array(self.batch_index, np.int32)[:, None]
+        table = None if self.batch_index is None else np.array(self.batch_index, np.int32)
         return table, places, (max(index) + 2, rows)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from cutlass_fa.dispatch import ARCHS, BUILT_FLAGS, CELL_HEAD_DIMS, DISPATCH_TABLE, SEQUENCE_TILES_OF, DispatchKey
+from cutlass_fa.dispatch import APPEND_KV_HEAD_DIM, ARCHS, BUILT_FLAGS, CELL_HEAD_DIMS, DISPATCH_TABLE, SEQUENCE_TILES_OF, DispatchKey
 from tests.covering import covering
 
 
@@ -24,6 +24,8 @@ def sampled_keys() -> tuple[DispatchKey, ...]:
                 chosen["varlen"] = True
             if direction == "sequence_tiles":  # one kernel serves all
                 chosen["dtype"], chosen["head_dim"] = SEQUENCE_TILES_OF
+            if direction == "append_kv":
+                chosen["head_dim"] = APPEND_KV_HEAD_DIM
             if direction == "bwd_convert" and chosen["split"]:
                 chosen["varlen"] = False
             keys.add(DispatchKey(family, direction, **chosen))

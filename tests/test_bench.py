@@ -17,9 +17,9 @@ import pytest
 
 from tools import bench, bench_report
 from tools.bench import interleaved_medians
-from tools.bench_cases import Point
 from tools.bench_device import ArrayDevice, Call, Prepare
 from tools.bench_inputs import Inputs
+from tools.bench_points import Point
 from tools.bench_report import COLUMNS, Row, Run, aligned, append_run, load_runs, markdown, other_rows, results_name, table
 
 

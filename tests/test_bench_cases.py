@@ -15,9 +15,11 @@ import pytest
 import cutlass_fa
 from cutlass_fa.demo import forward_flops
 from cutlass_fa.reference import allowed_keys
-from tools.bench_cases import CASES, MIXES, Point, case_points, last, windowed_pairs
+from tools.bench_cache import CachePoint
+from tools.bench_cases import CASES, case_points, last
 from tools.bench_device import CupyDevice, TorchDevice
 from tools.bench_inputs import Inputs, alibi_slopes, cumulative
+from tools.bench_points import MIXES, Point, windowed_pairs
 
 LENGTH_PAIRS = ((1, 1), (7, 7), (5, 12), (12, 5), (1, 9), (9, 1))
 
@@ -195,3 +197,17 @@ def test_scaled_dot_product_attention_is_not_timed_with_features() -> None:
         ):
             with pytest.raises(NotImplementedError, match=f"it has no {name}"):
                 prepare(inputs)
+
+
+def test_points_on_caches_count_what_a_causal_mask_shows() -> None:
+    decode, chunk = CASES["decode"].points("bf16", 128), CASES["chunk"].points("bf16", 128)
+    assert {point.page for point in decode if isinstance(point, CachePoint)} == {0, 16, 64, 256} and len(decode) == 16
+    for point in (*decode, *chunk):
+        assert isinstance(point, CachePoint)
+        seen = point.seqlen * point.seqlen_k - point.seqlen * (point.seqlen - 1) // 2
+        assert point.flops == 4 * point.batch * 32 * 128 * seen
+        assert point.kv_shape[0] * point.kv_shape[1] == point.batch * point.seqlen_k
+        assert point.row("x", 1.0).gbs == round(point.kv_bytes / 1e6, 1)
+    table = decode[1].cache_arrays()["block_table"] if isinstance(decode[1], CachePoint) else np.zeros(0)
+    assert sorted(table.ravel()) == list(range(1024)) and table.shape == (1, 1024)
+    assert chunk[0].baseline is not None and chunk[0].baseline[1].kv_shape == (4, 16384, 8, 128) and decode[0].baseline is None

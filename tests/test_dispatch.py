@@ -48,7 +48,7 @@ def test_names_parse_back_and_are_unique() -> None:
 def test_name_leaves_out_defaults() -> None:
     assert str(BASE) == "fa3_fwd_sm90a_bf16_hdim128"
     full = DispatchKey("fa3", "fwd", "sm_90a", "e4m3", 64, gqa_ratio=4, v_dtype="e5m2", **{field: True for field, _ in FLAG_WORDS})
-    words = "causal_varlen_window_alibi_sink_lsink_paged_offsets_softcap_dropout_f32out_deterministic_split"
+    words = "causal_varlen_window_alibi_sink_lsink_paged_offsets_softcap_dropout_f32out_deterministic_split_rotary"
     assert str(full) == f"fa3_fwd_sm90a_e4m3_ve5m2_hdim64_{words}_gqa4"
     assert str(DispatchKey("fa2", "bwd_preprocess", "sm_80", "bf16", 128)) == "fa2_bwd_preprocess_sm80_bf16_hdim128"
 
@@ -81,6 +81,9 @@ def test_key_refuses_unknown_words() -> None:
         ({"v_dtype": "e4m3"}, "both 16-bit or both fp8"),
         ({"family": "fa2", "direction": "bwd_convert", "varlen": True, "split": True}, "leave out varlen"),
         ({"family": "fa2", "direction": "sequence_tiles"}, "one list of tiles serves all"),
+        ({"family": "fa2", "direction": "append_kv"}, "one kernel appends rows of every head_dim"),
+        ({"family": "fa2", "direction": "append_kv", "head_dim": 64, "dtype": "e4m3"}, "both 16-bit or both fp8"),
+        ({"rotary": True}, "leave out rotary"),
         ({"sink": True}, "sink tokens need"),
         ({"sink": True, "causal": True}, "sink tokens need"),
         ({"paged": True}, "paged"),

@@ -188,7 +188,7 @@ def fa2_bwd_instructions(cell: Cell) -> tuple[Counter[str], Counter[str]]:
     return Counter({kind: of_warp}), Counter({"LDSM": of_warp // 8, "MUFU": cell.tile_m * cell.tile_n // 128, adds: 2 * atomics})
 
 
-def fa2_bwd_pass_instructions(cell: Cell) -> tuple[Counter[str], Counter[str]]:
+def pass_instructions(cell: Cell) -> tuple[Counter[str], Counter[str]]:
     """No products."""
     return Counter(), Counter({"LDG": 1, "STG": 1})
 
@@ -197,10 +197,11 @@ EXPECTED_INSTRUCTIONS = {
     ("fa2", "fwd"): fa2_fwd_instructions,
     ("fa3", "fwd"): fa3_fwd_instructions,
     ("fa2", "bwd"): fa2_bwd_instructions,
-    ("fa2", "bwd_preprocess"): fa2_bwd_pass_instructions,
-    ("fa2", "bwd_convert"): fa2_bwd_pass_instructions,
-    ("fa2", "bwd_reduce"): fa2_bwd_pass_instructions,
+    ("fa2", "bwd_preprocess"): pass_instructions,
+    ("fa2", "bwd_convert"): pass_instructions,
+    ("fa2", "bwd_reduce"): pass_instructions,
     ("fa2", "sequence_tiles"): lambda _: (Counter(), Counter({"ATOMS": 2})),
+    ("fa2", "append_kv"): pass_instructions,
 }
 
 

@@ -17,7 +17,7 @@ from cutlass_fa.cell import Cell
 from cutlass_fa.dispatch import DispatchKey
 from tests.needs import needs_nvrtc
 from tools import floors, profile_kernel, startup, sweep_tiles
-from tools.bench_cases import Point
+from tools.bench_points import Point
 from tools.bench_report import Row, Run, append_run
 from tools.floors import Ceilings, floor_of
 from tools.profile_kernel import Profile, ProfilerError, parse_metric_names, parse_raw_csv, wanted_metrics

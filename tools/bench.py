@@ -33,9 +33,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout
 
 from cutlass_fa.dispatch import FAMILIES
 from cutlass_fa.errors import MockMode
-from tools.bench_cases import CASES, WIDTH, Point, case_points
+from tools.bench_cases import CASES, case_points
 from tools.bench_device import ArrayDevice, Call, Prepare, current_devices
 from tools.bench_inputs import Inputs
+from tools.bench_points import WIDTH, Point
 from tools.bench_report import OWN_PEER, Row, Run, aligned, append_run, load_runs, markdown, other_rows, plot, results_name, table
 
 REPOSITORY = Path(__file__).resolve().parent.parent

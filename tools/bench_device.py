@@ -16,8 +16,9 @@ from cutlass_fa.demo import launch_problem
 from cutlass_fa.device import device_info
 from cutlass_fa.errors import MockMode
 from cutlass_fa.toolchain import find_toolchain
-from tools.bench_cases import MIXES, Point
+from tools.bench_cache import CachePoint
 from tools.bench_inputs import Inputs, alibi_slopes, cumulative, sink_logits
+from tools.bench_points import MIXES, Point
 from tools.bench_report import OWN_PEER
 
 COPY_BYTES = 2 << 30
@@ -71,6 +72,7 @@ class ArrayDevice(ABC):
         else:
             q, k, v = (self.normal(shape, point.dtype) for shape in (point.q_shape, point.kv_shape, point.kv_shape))
         lengths = None if point.lengths is None else MIXES[point.lengths]
+        of_cache = point.cache_arrays() if isinstance(point, CachePoint) else {}
         return Inputs(
             *(q, k, v, point.causal),
             window_size=None if point.window == (-1, -1) else point.window,
@@ -79,12 +81,16 @@ class ArrayDevice(ABC):
             learnable_sink=self.asarray(sink_logits(point.num_heads_q)) if point.learnable_sink else None,
             cu_seqlens=None if lengths is None else self.asarray(cumulative(lengths)),
             max_seqlen=max(lengths or (0,)),
+            **{name: self.asarray(numbers) for name, numbers in of_cache.items()},
         )
 
     def own_call(self, inputs: Inputs) -> Call:
         """This library, writing into an array made beforehand."""
         q, k, v = inputs.q, inputs.k, inputs.v
         options = {**inputs.options, "out": self.empty_like(q), "family": self.family}
+        if inputs.cache_seqlens is not None:
+            options |= {"cache_seqlens": inputs.cache_seqlens, "block_table": inputs.block_table}
+            return lambda: cutlass_fa.flash_attn_with_kvcache(q, k, v, **options)
         if inputs.cu_seqlens is None:
             return lambda: cutlass_fa.flash_attn_func(q, k, v, **options)
         starts, longest = inputs.cu_seqlens, inputs.max_seqlen
@@ -205,7 +211,7 @@ class TorchDevice(ArrayDevice):
 
     def _fa3_call(self, inputs: Inputs) -> Call:
         """The operator that its flash_attn_func and flash_attn_varlen_func call."""
-        inputs.check_features("window_size", "cu_seqlens")
+        inputs.check_features("window_size", "cu_seqlens", "cache_seqlens", "block_table")
         forward, q, k, v = self._torch.ops.flash_attn_3.fwd, inputs.q, inputs.k, inputs.v
         options: dict[str, Any] = {"softmax_scale": q.shape[-1] ** -0.5, "is_causal": inputs.causal}
         if inputs.window_size is not None:  # is_causal bounds the right side at 0, as in this library
@@ -213,6 +219,8 @@ class TorchDevice(ArrayDevice):
         if inputs.cu_seqlens is not None:
             options |= {"cu_seqlens_q": inputs.cu_seqlens, "cu_seqlens_k": inputs.cu_seqlens}
             options |= {"max_seqlen_q": inputs.max_seqlen, "max_seqlen_k": inputs.max_seqlen}
+        if inputs.cache_seqlens is not None:  # num_splits 0: as many as its heuristic says
+            options |= {"seqused_k": inputs.cache_seqlens, "page_table": inputs.block_table, "num_splits": 0}
         return lambda: forward(q, k, v, **options)[0]
 
     def backward_peers(self, has_fa3: bool) -> dict[str, Prepare]:

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
-FEATURES = ("window_size", "sink_tokens", "alibi_slopes", "learnable_sink", "cu_seqlens")
+FEATURES = ("window_size", "sink_tokens", "alibi_slopes", "learnable_sink", "cu_seqlens", "cache_seqlens", "block_table")
+
+_PLACES = ("cu_seqlens", "cache_seqlens", "block_table")  # where sequences lie, which is no part of a mask
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,8 @@ class Inputs:
 
     q: (batch, seqlen_q, num_heads_q, head_dim), k, v: (batch, seqlen_k, num_heads_kv, head_dim); of packed sequences (total, heads,
     head_dim), with cu_seqlens int32 (batch + 1,) for queries and keys alike and the longest length in max_seqlen. alibi_slopes,
-    learnable_sink: float32 (num_heads_q,).
+    learnable_sink: float32 (num_heads_q,). Of a KV cache k and v are its blocks, with cache_seqlens int32 (batch,) and, where it is paged,
+    block_table int32 (batch, max_blocks).
     """
 
     q: Any
@@ -30,6 +33,8 @@ class Inputs:
     learnable_sink: Any = None
     cu_seqlens: Any = None
     max_seqlen: int = 0
+    cache_seqlens: Any = None
+    block_table: Any = None
 
     @property
     def features(self) -> list[str]:
@@ -39,7 +44,7 @@ class Inputs:
     @property
     def options(self) -> dict[str, Any]:
         """The keyword arguments that describe the mask to this library; a feature that is not used is not named."""
-        return {"causal": self.causal} | {name: getattr(self, name) for name in self.features if name != "cu_seqlens"}
+        return {"causal": self.causal} | {name: getattr(self, name) for name in self.features if name not in _PLACES}
 
     def check_features(self, *known: str) -> None:
         """Raises NotImplementedError, naming them, where features other than those are in use."""

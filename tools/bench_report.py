@@ -20,10 +20,10 @@ BASELINE_PEER = "fa3"
 PEER_ORDER = (OWN_PEER, "fa3", "cudnn", "fa2")
 # This library beside itself: without the ALiBi or the sinks of a case, whose price is a matter of time, and on packed sequences of equal
 # lengths, whose rate is what counts.
-WITHOUT, EQUAL = "without", "equal"
+WITHOUT, EQUAL, DENSE = "without", "equal", "dense"
 COLUMNS = ("peer", "pass", "dtype", "d", "b", "h", "hk", "s", "causal", "extra", "ms", "tflops", "gbs")
 # In a file only where a row uses them.
-FEATURE_COLUMNS = {"sk": 0, "window": (-1, -1), "sink_tokens": 0, "alibi": 0, "learnable_sink": 0, "lengths": ""}
+FEATURE_COLUMNS = {"sk": 0, "window": (-1, -1), "sink_tokens": 0, "alibi": 0, "learnable_sink": 0, "lengths": "", "page": ""}
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Row:
     peer: who did it. direction: "pass" of a file: "fwd", "bwd", "host" (host time of a call), "copy", "matmul". d: head_dim. b: batch.
     h, hk: query and key heads. s: sequence length of queries, and of keys where sk is 0; of packed sequences, the rows of all. causal: 0 or
     1. extra: what else tells rows apart. ms: median of the timings. tflops, gbs: TFLOP/s and GB/s, None where they say nothing. window:
-    (left, right), -1 unbounded. sink_tokens: how many. alibi, learnable_sink: 0 or 1. lengths: the mix of packed sequences.
+    (left, right), -1 unbounded. sink_tokens: how many. alibi, learnable_sink: 0 or 1. lengths: the mix of packed sequences. page: keys of
+    a KV cache's page, or "none" for a contiguous one.
     """
 
     peer: str
@@ -55,6 +56,7 @@ class Row:
     alibi: int = 0
     learnable_sink: int = 0
     lengths: str = ""
+    page: str = ""
 
     @property
     def features(self) -> dict[str, Any]:
@@ -66,7 +68,21 @@ class Row:
         """What was measured, whoever did it and with whichever family of kernels; sorts in reading order."""
         extra = " ".join(word for word in self.extra.split() if not word.startswith("family="))
         features = (self.lengths, self.window, self.sink_tokens, self.alibi, self.learnable_sink)
-        return (self.direction, self.dtype, self.h != self.hk, self.d, self.causal, *features, self.s, self.sk, self.h, self.hk, extra)
+        return (
+            self.direction,
+            self.dtype,
+            self.h != self.hk,
+            self.d,
+            self.causal,
+            *features,
+            self.s,
+            self.sk,
+            self.h,
+            self.hk,
+            self.b,
+            self.page,
+            extra,
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """The row under the names of COLUMNS, in their order, and the features that it uses."""
@@ -151,7 +167,8 @@ def table(rows: Iterable[Row]) -> list[list[str]]:
         if row.tflops is not None and row.peer != "ceiling":
             cases.setdefault(row.case, {})[row.peer] = row
     every = [row for found in cases.values() for row in found.values()]
-    columns = [*_case_columns(every), *_peer_columns(_ordered(row.peer for row in every), any(row.sk for row in every))]
+    with_time, with_bandwidth = any(row.sk for row in every), any(row.page for row in every)
+    columns = [*_case_columns(every), *_peer_columns(_ordered(row.peer for row in every), with_time, with_bandwidth)]
     return [[header for header, _ in columns], *([text(cases[case]) for _, text in columns] for case in sorted(cases))]
 
 
@@ -164,6 +181,8 @@ def _case_columns(rows: Sequence[Row]) -> list[Column]:
         ("alibi", "bias", lambda row: "ALiBi" if row.alibi else "-"),
         ("learnable_sink", "learnable sink", lambda row: "yes" if row.learnable_sink else "-"),
         ("lengths", "lengths", lambda row: row.lengths or "-"),
+        ("page", "batch", lambda row: str(row.b)),
+        ("page", "page", lambda row: row.page or "-"),
     ]
     columns: list[tuple[str, Callable[[Row], str]]] = [
         *[("pass", lambda row: row.direction)] * ("pass" in used),
@@ -190,18 +209,19 @@ def _window(row: Row) -> str:
     return str(left + 1) if row.causal else f"({left}, {right})"
 
 
-def _peer_columns(peers: Sequence[str], with_time: bool) -> list[Column]:
+def _peer_columns(peers: Sequence[str], with_time: bool, with_bandwidth: bool) -> list[Column]:
     """Rates, this library's time where asked for, and ratios to the peers there are."""
     columns: list[Column] = [(peer, partial(_tflops, peer)) for peer in peers]
+    columns += [(f"{OWN_PEER} GB/s", _bandwidth)] * with_bandwidth
     if OWN_PEER not in peers:
         return columns
     if with_time:
         columns.append((f"{OWN_PEER} ms", lambda found: f"{found[OWN_PEER].ms:.3f}" if OWN_PEER in found else "-"))
-    others = [peer for peer in peers if peer not in (OWN_PEER, WITHOUT, EQUAL)]
+    others = [peer for peer in peers if peer not in (OWN_PEER, WITHOUT, EQUAL, DENSE)]
     columns += [("of fa3", lambda found: _ratio(found, [BASELINE_PEER]))] * (BASELINE_PEER in others)
     columns += [("of best peer", lambda found: _ratio(found, others))] * bool(others)
     columns += [("of without", lambda found: _ratio(found, [WITHOUT]))] * (WITHOUT in peers)
-    columns += [("of equal", _rate_of_equal)] * (EQUAL in peers)
+    columns += [("of equal", partial(_rate_of, EQUAL))] * (EQUAL in peers) + [("of dense", partial(_rate_of, DENSE))] * (DENSE in peers)
     return columns
 
 
@@ -215,16 +235,21 @@ def _tflops(peer: str, found: Found) -> str:
     return f"{found[peer].tflops:.0f}" if peer in found else "-"
 
 
+def _bandwidth(found: Found) -> str:
+    """Keys and values that a call on a cache reads, in GB/s."""
+    return f"{found[OWN_PEER].gbs:.0f}" if OWN_PEER in found and found[OWN_PEER].gbs else "-"
+
+
 def _ratio(found: Found, others: Sequence[str]) -> str:
     """This library's speed over the fastest of `others`."""
     times = [found[peer].ms for peer in others if peer in found]
     return f"{min(times) / found[OWN_PEER].ms:.2f}" if times and OWN_PEER in found else "-"
 
 
-def _rate_of_equal(found: Found) -> str:
-    """This library's TFLOP/s over those on equal lengths, whose FLOPs are not quite the same."""
-    own, equal = found.get(OWN_PEER), found.get(EQUAL)
-    return "-" if own is None or equal is None or not own.tflops or not equal.tflops else f"{own.tflops / equal.tflops:.2f}"
+def _rate_of(baseline: str, found: Found) -> str:
+    """This library's TFLOP/s over those of a baseline, whose FLOPs need not be quite the same."""
+    own, other = found.get(OWN_PEER), found.get(baseline)
+    return "-" if own is None or other is None or not own.tflops or not other.tflops else f"{own.tflops / other.tflops:.2f}"
 
 
 def other_rows(rows: Iterable[Row]) -> list[list[str]]:

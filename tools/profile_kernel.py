@@ -32,8 +32,8 @@ from cutlass_fa.dispatch import DISPATCH_TABLE, DispatchKey
 from cutlass_fa.errors import FlashAttnError
 from cutlass_fa.render import render
 from cutlass_fa.requests import Causal, Fa3FwdRequest, Full
-from tools.bench_cases import Point
 from tools.bench_device import CupyDevice
+from tools.bench_points import Point
 from tools.bench_report import aligned
 
 WARM_UP_LAUNCHES = 3

@@ -30,7 +30,7 @@ from cutlass_fa.cells.fa2_bwd import Fa2BwdCell
 from cutlass_fa.dispatch import DispatchKey
 from cutlass_fa.kernels import load_or_compile
 from tools.bench import interleaved_medians
-from tools.bench_cases import Point
+from tools.bench_points import Point
 
 TILE_MS = (32, 64, 96, 128)
 TILE_NS = (32, 64, 96, 128, 192, 256)

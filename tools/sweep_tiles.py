@@ -33,9 +33,9 @@ from cutlass_fa.cells.fa3_fwd import Fa3FwdCell
 from cutlass_fa.dispatch import DispatchKey
 from cutlass_fa.kernels import Kernel, load_or_compile
 from tools.bench import interleaved_medians
-from tools.bench_cases import Point
 from tools.bench_device import Prepare, TorchDevice
 from tools.bench_inputs import Inputs
+from tools.bench_points import Point
 
 TILE_NS = {64: (96, 112, 128, 144, 160, 176, 192), 80: (96, 112, 128, 144, 160, 176, 192), 96: (80, 96, 112, 128, 144, 160, 176, 192),
            128: (80, 96, 112, 128, 144, 160, 176, 192), 192: (64, 80, 96, 112), 256: (48, 64, 80)}  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..cell import Cell
+from .append_kv import AppendKvCell
 from .fa2_bwd import Fa2BwdCell
 from .fa2_bwd_passes import Fa2BwdConvertCell, Fa2BwdPreprocessCell, Fa2BwdReduceCell
 from .fa2_fwd import Fa2FwdCell
@@ -17,4 +18,5 @@ CELL_CLASSES: dict[tuple[str, str], type[Cell]] = {
     ("fa2", "bwd_convert"): Fa2BwdConvertCell,
     ("fa2", "sequence_tiles"): SequenceTilesCell,
     ("fa2", "bwd_reduce"): Fa2BwdReduceCell,
+    ("fa2", "append_kv"): AppendKvCell,
 }

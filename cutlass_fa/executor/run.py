@@ -13,7 +13,9 @@ from ..cell import Cell
 from ..dispatch import DispatchKey
 from ..dropout import dropout_mask
 from ..reference import attention_backward, attention_forward
+from ..reference_kvcache import prepare
 from ..render import render
+from .append_kv import run_append
 from .backward import run_backward
 from .build import ExecutorKernel
 from .faults import ExecutorError, ExecutorFault
@@ -22,6 +24,7 @@ from .forward import run_forward
 _DTYPES = {"bf16": np.dtype(ml_dtypes.bfloat16), "f16": np.dtype(np.float16)}
 _LSE_TOLERANCE = 1e-2
 _SOFTCAP, _DROPOUT_P, _WINDOW, _SINK_TOKENS, _OFFSETS = 30.0, 0.17, (50, 20), 5, (60, 3)  # of cells that have them
+_PAGE_SIZE = 16
 _BACKWARD_ULPS = 6  # of the largest gradient: P, dS, out and the result are rounded, and dS is a difference of rounded numbers
 _ULPS = 4  # of the largest output: P and out are rounded to the element type, each by half an ulp
 
@@ -45,6 +48,8 @@ def run_key(key: DispatchKey, stream: TextIO, *, shape: RunShape = RunShape(), s
     seed: draws the numbers and the schedule. Raises UnsupportedCell, ExecutorError (no compiler; a pass, which runs with its backward),
     HostCompileError, and what a call on the GPU raises for a shape that makes no sense.
     """
+    if key.direction == "append_kv":
+        return _run_append_key(key, stream, shape, seed)
     if key.direction == "bwd":
         return _run_backward_key(key, stream, shape, seed)
     if key.direction != "fwd":
@@ -156,6 +161,38 @@ def _run_backward_key(key: DispatchKey, stream: TextIO, shape: RunShape, seed: i
         right &= error <= allowed
         errors.append(f"{name} {error:.2e} (allowed {allowed:.2e})")
     print(f"max error against float64: {', '.join(errors)}: {'ok' if right else 'WRONG'}", file=stream)
+    return right
+
+
+def _run_append_key(key: DispatchKey, stream: TextIO, shape: RunShape, seed: int) -> bool:
+    """As run_key: seqlen_q new rows for each sequence of a paged cache, behind seqlen_k keys, with rotary where the key has
+    it."""
+    q, k, v, _ = _arrays(replace(key, varlen=False), replace(shape, seqlen_k=shape.seqlen_q), seed)
+    rng, dtype = np.random.default_rng(seed), q.dtype
+    pages = -(-(shape.seqlen_q + shape.seqlen_k) // _PAGE_SIZE)
+    cache_shape = (shape.batch * pages, _PAGE_SIZE, *k.shape[2:])
+    arrays: dict[str, Any] = {"q": q, "k": k, "v": v, "cache_seqlens": np.full(shape.batch, shape.seqlen_k, np.int32)}
+    arrays |= {name: rng.standard_normal(cache_shape, dtype=np.float32).astype(dtype) for name in ("k_cache", "v_cache")}
+    arrays["block_table"] = rng.permutation(cache_shape[0]).astype(np.int32).reshape(shape.batch, pages)
+    if key.rotary:
+        angles = rng.uniform(0, 2 * np.pi, (pages * _PAGE_SIZE, q.shape[3] // 16 * 8))
+        arrays |= {"rotary_cos": np.cos(angles).astype(dtype), "rotary_sin": np.sin(angles).astype(dtype), "successive_queries": True}
+    print(f"{key}: {Cell.of(key).summary}\nk and v {k.shape}, caches {cache_shape}, seed {seed}", file=stream)
+    start = time.perf_counter()
+    try:
+        result = run_append(seed=seed, arch=key.arch, **arrays)
+    except ExecutorFault as fault:
+        print(fault.report, file=stream)
+        return False
+    print(f"compiled for this CPU and ran in {time.perf_counter() - start:.1f} s", file=stream)
+    expected, eps = prepare(**arrays), float(ml_dtypes.finfo(dtype).eps)
+    pairs = {"k_cache": (result.k_cache, expected.k_cache), "v_cache": (result.v_cache, expected.v_cache)}
+    if result.turned_q is not None:
+        pairs["q"] = (result.turned_q, expected.q)
+    errors = {name: _max_error(*pair) / (eps * float(np.abs(pair[1]).max())) for name, pair in pairs.items()}
+    right = max(errors.values()) <= 0.5 and bool((result.seqlens_k == expected.seqlens_k).all())
+    told = ", ".join(f"{name} {error:.2f} ulps of the largest" for name, error in errors.items())
+    print(f"max error against float64: {told}: {'ok' if right else 'WRONG'}", file=stream)
     return right
 
 

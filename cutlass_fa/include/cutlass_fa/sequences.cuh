@@ -52,4 +52,25 @@ CUTLASS_FA_DEVICE SequenceBlock block_at_place(int const* cu_seqlens, int batch,
   return {sequence, place - place_of_block(min(max(cu_seqlens[sequence], 0), total), sequence, block_rows)};
 }
 
+// A row among those of all sequences.
+struct SequenceRow {
+  int sequence;  // `batch`: behind the last
+  int index;     // in its sequence
+  int place;     // in the array's dimension of rows: of packed sequences the row itself
+};
+
+// cu_seqlens null: an array with a batch dimension, whose sequences have equally many rows.
+CUTLASS_FA_DEVICE SequenceRow sequence_row(int const* cu_seqlens, int batch, int total, int row) {
+  if (cu_seqlens == nullptr) {
+    int const rows = total / batch, sequence = row / rows, index = row - sequence * rows;
+    return {sequence, index, index};
+  }
+  int sequence = 0;
+  for (int end = batch + 1; end - sequence > 1;) {  // the answer is in [sequence, end)
+    int const middle = (sequence + end) / 2;
+    (min(max(cu_seqlens[middle], 0), total) <= row ? sequence : end) = middle;
+  }
+  return {sequence, row - min(max(cu_seqlens[sequence], 0), total), row};
+}
+
 }  // namespace cutlass_fa
