@@ -285,12 +285,22 @@ def check_offsets(q_offset: Any, k_offset: Any) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardRequest(AttentionRequest):
-    """What every forward has beside: float_out, whether out is written in float32 rather than in q's dtype."""
+    """What every forward has beside: float_out, whether out is written in float32 rather than in q's dtype; num_splits, of a KV cache:
+    parts that the keys of a sequence are divided into, by which CTAs share them. 0: as many as keep the GPU busy; 1: one; more: as many
+    whatever else is in the batch, so that equal sequences have equal results. Raises InvalidArgument for splits without a cache."""
 
     float_out: bool = False
+    num_splits: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_splits < 0:
+            raise InvalidArgument(f"num_splits={self.num_splits}: must be 0 (as many as fill the GPU) or a positive number of parts")
+        if self.num_splits > 1 and self.kv_cache is None:
+            raise InvalidArgument(f"num_splits={self.num_splits}: only calls on a KV cache divide keys among CTAs; leave it out")
 
     def _forward_key(self, family: str) -> DispatchKey:
-        return replace(self._key(family, "fwd"), float_out=self.float_out)
+        return replace(self._key(family, "fwd"), float_out=self.float_out, split=self.num_splits > 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,11 +316,34 @@ class Fa3FwdRequest(ForwardRequest):
         if self.arch != "sm_90a":
             raise Fa3RequiresHopper(f"arch={self.arch}: family fa3 uses TMA and WGMMA, which only sm_90a has")
 
+        if self.num_splits > 1 and self.persistent == Grid():
+            raise InvalidArgument(f"num_splits={self.num_splits} with persistent=Grid(): CTAs that share keys take several tiles; leave one out")
+
     def dispatch_key(self) -> DispatchKey:
         """The cell this request needs; whether it exists is DISPATCH_TABLE's to say."""
-        key = self._forward_key("fa3")
+        key = self._packed(self._forward_key("fa3"))
+        return self._packed(replace(key, split=True)) if self._gains_by_splits(key) else key
+
+    def _packed(self, key: DispatchKey) -> DispatchKey:
+        """The same with as many heads in a tile's rows as its tile is filled by."""
         tile_m = fa3_fwd_tile_of(key.head_dim, key.features).tile_m
         return replace(key, gqa_ratio=packed_gqa_ratio(self._usual_seqlen_q, self.num_heads_q // self.num_heads_kv, tile_m))
+
+    def _gains_by_splits(self, key: DispatchKey) -> bool:
+        """Whether CTAs should share keys where the call does not say so: the queries of a sequence fit the smaller tile, or tiles of `key`
+        are so few that half of the multiprocessors would have none."""
+        if self.kv_cache is None or self.num_splits != 0 or self.persistent == Grid():
+            return False
+        own = self._packed(replace(key, split=True))
+        heads, small = self.num_heads_q // own.gqa_ratio, fa3_fwd_tile_of(key.head_dim, own.features)
+        blocks = max_blocks(self.rows_q, self.batch, small.tile_m // own.gqa_ratio) * heads * -(-self.seqlen_k // small.tile_n)
+        if blocks > MAX_SPLIT_BLOCKS:
+            return False
+        if self._usual_seqlen_q * own.gqa_ratio <= small.tile_m:
+            return True
+        queries = fa3_fwd_tile_of(key.head_dim, key.features).tile_m // key.gqa_ratio
+        tiles = self.batch * -(-self._usual_seqlen_q // queries) * (self.num_heads_q // key.gqa_ratio)
+        return 2 * tiles <= limits_of(self.arch).num_sms
 
     @property
     def _usual_seqlen_q(self) -> int:
@@ -433,6 +466,7 @@ def max_blocks(rows: int, sequences: int, block_rows: int) -> int:
 
 FwdRequest: TypeAlias = Fa2FwdRequest | Fa3FwdRequest
 
+MAX_SPLIT_BLOCKS = 2**31 - 1  # of keys, of all tiles: kernels that divide them count them in 32 bits
 LEAST_BLOCKS_OF_A_SPLIT = 4  # blocks of queries: fewer do not pay for the loads of K and V and the parts of dK and dV
 
 
@@ -472,7 +506,7 @@ def PagedAttentionRequest(
     **arguments: Any,
 ) -> FwdRequest:
     """A forward whose keys and values lie in a cache: `batch` sequences with total_q queries together, at most seqlen_q each (default: not
-    known), and as many keys as their lengths say at run time. arguments: those of AttentionRequest. Raises as forward_request does."""
+    known), and as many keys as their lengths say at run time. arguments: those of AttentionRequest, and num_splits (ForwardRequest). Raises as forward_request does."""
     rows = CumulativeSeqlens(total_q, batch * kv_cache.capacity)
     longest = {"seqlen_q": total_q if seqlen_q is None else min(seqlen_q, total_q), "seqlen_k": kv_cache.capacity}
     defaults = {"arch": "sm_90a", "dropout_p": 0.0}
@@ -480,8 +514,8 @@ def PagedAttentionRequest(
 
 
 def with_sequence_tiles(key: DispatchKey) -> tuple[DispatchKey, ...]:
-    """`key`, and before it the list of tiles where it works on packed sequences."""
-    if not key.varlen:
+    """`key`, and before it the list of tiles where it works on packed sequences and does not find its work by itself."""
+    if not key.varlen or key.split:
         return (key,)
     return sequence_tiles_key(key.arch), key
 
