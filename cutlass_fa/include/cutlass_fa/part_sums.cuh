@@ -55,12 +55,16 @@ CUTLASS_FA_DEVICE PartSum sum_of_parts(float const* part_o, float const* part_ro
 }
 
 // Whether this CTA brings the last of a tile's parts, told to the threads that have stored them: `threads`, a multiple of a warp, of which
-// thread_index() % threads is 0 in one. counter: parts that are there; 0 before the first and after the last. Named barrier 0 is theirs.
+// thread_index() % threads is 0 in one. counter: parts that are there; 0 before the first and after the last. A CTA that has all parts of a
+// tile counts them itself: the counter is of the one tile that a CTA begins and another ends. Named barrier 0 is theirs.
 CUTLASS_FA_DEVICE bool is_last_to_arrive(int* counter, int arrivals, int parts, int threads, int& is_last) {
   named_barrier_sync(0, threads);  // with each other: all of them have stored
   if (thread_index() % threads == 0) {
-    is_last = atomic_add_in_order(counter, arrivals) + arrivals == parts;
-    if (is_last) { *counter = 0; }  // for the next launch: nobody else comes to this tile
+    is_last = arrivals == parts;
+    if (!is_last && atomic_add_in_order(counter, arrivals) + arrivals == parts) {
+      is_last = true;
+      *counter = 0;  // for the next launch: nobody else comes to this tile
+    }
   }
   named_barrier_sync(0, threads);  // is_last is there, and the other CTAs' parts are visible where it is true
   return is_last;
