@@ -13,7 +13,7 @@ from .arrays import ArraySpec
 from .errors import InvalidArgument, LaunchError
 
 _ELEMENT_BYTES = 2
-SEQUENCE_EDGE = 1 << 30  # kSequenceEdge of the kernels
+SEQUENCE_EDGE = 1 << 30  # kSequenceEdge of sequences.cuh
 _MAX_MAPS = 1024  # addresses remembered per geometry: a caller that never reuses memory must not fill the host's
 
 

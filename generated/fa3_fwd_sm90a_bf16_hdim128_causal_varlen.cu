@@ -132,7 +132,6 @@ CUTLASS_FA_DEVICE void load_q(TensorMap const& map, Mbarrier& full, char* destin
   }
 }
 
-constexpr int kSequenceEdge = 1 << 30;  // tma.py's
 // The arguments of the tile's sequence alone: all that follows takes them for those of the call.
 CUTLASS_FA_DEVICE Params params_of(Params const& all, Tile const& tile) {
   Params params = all;

@@ -7,6 +7,7 @@
 #include <cutlass_fa/math.cuh>
 #include <cutlass_fa/mbarrier.cuh>
 #include <cutlass_fa/named_barrier.cuh>
+#include <cutlass_fa/pages.cuh>
 #include <cutlass_fa/registers.cuh>
 #include <cutlass_fa/sequences.cuh>
 #include <cutlass_fa/shared_memory.cuh>
@@ -160,7 +161,6 @@ CUTLASS_FA_DEVICE void load_q(TensorMap const& map, Mbarrier& full, char* destin
   }
 }
 
-constexpr int kSequenceEdge = 1 << 30;  // tma.py's
 // The arguments of the tile's sequence alone: all that follows takes them for those of the call.
 CUTLASS_FA_DEVICE Params params_of(Params const& all, Tile const& tile) {
   Params params = all;
@@ -206,40 +206,25 @@ CUTLASS_FA_DEVICE void apply_mask(float (&acc_s)[kTileN / 2], int const (&limit)
   }
 }
 
-// In one array's map: from one page to the next and from one key to the next.
-struct PageSteps {
-  int page, row;
-};
-
-// A lane's keys of a block: those of one box, which lie in one page.
-struct PageRows {
-  int page;        // -1: the box has no keys in use
-  int begin, end;  // the box's first key in the page, and the end of those that are in use
-};
-
+// This lane's keys of a block.
 CUTLASS_FA_DEVICE PageRows page_rows(Params const& params, Tile const& tile, int n_block) {
-  int const first_row = thread_index() % kWarpSize * params.rows_of_box, key_end = tile.keys.first + tile.keys.used;
-  int const key = tile.keys.first + n_block * kTileN + first_row;
-  int const index = key / params.page_size, begin = key - index * params.page_size;
-  bool const has_keys = first_row < kTileN && key < key_end;
-  return {has_keys ? page_of(params, tile.batch, index) : -1, begin, min(params.page_size, key_end - index * params.page_size)};
+  int const first_row = thread_index() % kWarpSize * params.rows_of_box, first = tile.keys.first;
+  return page_rows(first + n_block * kTileN + first_row, first + tile.keys.used, params.page_size, first_row < kTileN,
+                   [&](int index) { return page_of(params, tile.batch, index); });
 }
 
-// kTileN keys of K or V of one sequence, by the lanes of a warp: each copies a box. The map counts a page's rows so that its last in use
-// comes right before the array's edge (tma.py): keys behind it arrive as zeros, whatever lies there, and so do those of a page that does
-// not exist.
+// kTileN keys of K or V of one sequence, by the lanes of a warp (pages.cuh).
 CUTLASS_FA_DEVICE void load_kv(TensorMap const& map, Mbarrier& full, char* destination, PageRows const& rows, int kv_head, Params const& params,
                                PageSteps steps) {
   int const lane = thread_index() % kWarpSize, first_row = lane * params.rows_of_box;
   if (lane == 0) { full.arrive_and_expect(kChunks * kKvChunkBytes); }
   warp_sync();  // nothing arrives before it is expected
   if (first_row >= kTileN) { return; }
-  bool const exists = 0 <= rows.page && rows.page < params.num_pages;  // looked at only here, where the table's answer is waited for
-  int const end = exists ? rows.end : 0, place = exists ? rows.page * steps.page + end * steps.row : 0;
+  MapRow const place = map_row(rows, params.num_pages, steps);
 #pragma unroll 1
   for (int chunk = 0; chunk < kChunks; ++chunk) {
     tma_load(map, full, CacheHint::kEvictLast, destination + chunk * kKvChunkBytes + first_row * 128, chunk * kChunkColumns,
-             kSequenceEdge - end + rows.begin, kv_head, place, kSequenceEdge);
+             place.row, kv_head, place.place, kSequenceEdge);
   }
 }
 

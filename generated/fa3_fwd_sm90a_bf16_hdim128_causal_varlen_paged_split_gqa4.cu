@@ -2,11 +2,11 @@
 // cell: fa3_fwd_sm90a_bf16_hdim128_causal_varlen_paged_split_gqa4   tile 64x128, 3 stages, 256 threads, smem 230400 B
 // regenerate: python tools/regenerate_kernels.py fa3_fwd_sm90a_bf16_hdim128_causal_varlen_paged_split_gqa4
 // SPDX-License-Identifier: BSD-3-Clause
-#include <cutlass_fa/accumulator_rows.cuh>
 #include <cutlass_fa/base.cuh>
 #include <cutlass_fa/math.cuh>
 #include <cutlass_fa/mbarrier.cuh>
 #include <cutlass_fa/named_barrier.cuh>
+#include <cutlass_fa/pages.cuh>
 #include <cutlass_fa/part_sums.cuh>
 #include <cutlass_fa/sequences.cuh>
 #include <cutlass_fa/shared_memory.cuh>
@@ -80,15 +80,6 @@ struct Params {
 };
 static_assert(sizeof(Params) == 184, "params.py packs another layout");
 
-// One CTA's piece of work: kTileM rows of one head of one sequence and some of the key blocks that they see.
-struct Tile {
-  int m_block;
-  int head;   // of params.num_heads_kv
-  int batch;  // the sequence; params.batch: rows that belong to none
-  Sequence queries, keys;
-  Part own;
-};
-
 // Where a sequence's keys lie in the cache: behind `first` keys of padding.
 CUTLASS_FA_DEVICE Sequence cached_keys(Params const& params, int sequence) {
   if (sequence >= params.batch) { return {0, 0, 0}; }
@@ -104,6 +95,14 @@ CUTLASS_FA_DEVICE int page_of(Params const& params, int sequence, int index) {
   return params.block_table == nullptr ? sequence : params.block_table[sequence * params.block_table_stride + index];
 }
 
+// One CTA's piece of work: kTileM rows of one head of one sequence and some of the key blocks that they see.
+struct Tile {
+  int m_block;
+  int head;   // of params.num_heads_kv
+  int batch;  // the sequence; params.batch: rows that belong to none
+  Sequence queries, keys;
+  Part own;
+};
 
 struct SharedStorage {
   alignas(1024) char q[kQStages][kChunks * kQChunkBytes];
@@ -140,7 +139,6 @@ CUTLASS_FA_DEVICE void load_q(TensorMap const& map, Mbarrier& full, char* destin
   }
 }
 
-constexpr int kSequenceEdge = 1 << 30;  // tma.py's
 // The arguments of the tile's sequence alone: all that follows takes them for those of the call.
 CUTLASS_FA_DEVICE Params params_of(Params const& all, Tile const& tile) {
   Params params = all;
@@ -186,40 +184,25 @@ CUTLASS_FA_DEVICE void apply_mask(float (&acc_s)[kTileN / 2], int const (&limit)
   }
 }
 
-// In one array's map: from one page to the next and from one key to the next.
-struct PageSteps {
-  int page, row;
-};
-
-// A lane's keys of a block: those of one box, which lie in one page.
-struct PageRows {
-  int page;        // -1: the box has no keys in use
-  int begin, end;  // the box's first key in the page, and the end of those that are in use
-};
-
+// This lane's keys of a block.
 CUTLASS_FA_DEVICE PageRows page_rows(Params const& params, Tile const& tile, int n_block) {
-  int const first_row = thread_index() % kWarpSize * params.rows_of_box, key_end = tile.keys.first + tile.keys.used;
-  int const key = tile.keys.first + n_block * kTileN + first_row;
-  int const index = key / params.page_size, begin = key - index * params.page_size;
-  bool const has_keys = first_row < kTileN && key < key_end;
-  return {has_keys ? page_of(params, tile.batch, index) : -1, begin, min(params.page_size, key_end - index * params.page_size)};
+  int const first_row = thread_index() % kWarpSize * params.rows_of_box, first = tile.keys.first;
+  return page_rows(first + n_block * kTileN + first_row, first + tile.keys.used, params.page_size, first_row < kTileN,
+                   [&](int index) { return page_of(params, tile.batch, index); });
 }
 
-// kTileN keys of K or V of one sequence, by the lanes of a warp: each copies a box. The map counts a page's rows so that its last in use
-// comes right before the array's edge (tma.py): keys behind it arrive as zeros, whatever lies there, and so do those of a page that does
-// not exist.
+// kTileN keys of K or V of one sequence, by the lanes of a warp (pages.cuh).
 CUTLASS_FA_DEVICE void load_kv(TensorMap const& map, Mbarrier& full, char* destination, PageRows const& rows, int kv_head, Params const& params,
                                PageSteps steps) {
   int const lane = thread_index() % kWarpSize, first_row = lane * params.rows_of_box;
   if (lane == 0) { full.arrive_and_expect(kChunks * kKvChunkBytes); }
   warp_sync();  // nothing arrives before it is expected
   if (first_row >= kTileN) { return; }
-  bool const exists = 0 <= rows.page && rows.page < params.num_pages;  // looked at only here, where the table's answer is waited for
-  int const end = exists ? rows.end : 0, place = exists ? rows.page * steps.page + end * steps.row : 0;
+  MapRow const place = map_row(rows, params.num_pages, steps);
 #pragma unroll 1
   for (int chunk = 0; chunk < kChunks; ++chunk) {
     tma_load(map, full, CacheHint::kEvictFirst, destination + chunk * kKvChunkBytes + first_row * 128, chunk * kChunkColumns,
-             kSequenceEdge - end + rows.begin, kv_head, place, kSequenceEdge);
+             place.row, kv_head, place.place, kSequenceEdge);
   }
 }
 
@@ -305,33 +288,13 @@ CUTLASS_FA_DEVICE void schedule(SharedStorage& shared, Params const& params) {
 }
 
 constexpr int kResultThreads = 128;  // those that hold a tile's result
-constexpr int kRowsOfQuery = 4;
-
 // Where a part of the tile's rows lies in part_o and part_rows: with a fixed number of parts, as many times the rows of q as there are parts;
 // else two tiles for each CTA, one for a tile that it begins and one for a tile that it goes on with.
 CUTLASS_FA_DEVICE int64_t place_of(Params const& params, Tile const& tile, int part) {
   int const first_cta = tile.own.first_cta;
   if (params.num_splits == 0) { return static_cast<int64_t>(part == 0 ? grid_size() + first_cta : first_cta + part) * kTileM; }
   int64_t const head = static_cast<int64_t>(part) * params.num_heads_kv + tile.head;
-  return (head * params.total_q + tile.queries.first + tile.m_block * kQueriesPerTile) * kRowsOfQuery;
-}
-
-// One part's rows that are used.
-CUTLASS_FA_DEVICE void store_part(Params const& params, Tile const& tile, int row_in_tile, float const (&acc_o)[kHeadDim / 2], SoftmaxRows const& rows) {
-  int64_t const place = place_of(params, tile, tile.own.part);
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    int const row = row_in_tile + 8 * r;
-    bool const is_used = is_row(params, tile, row);
-    float const sum = quad_sum(rows.sum[r]);
-    if (is_used && thread_index() % 4 == 0) { *reinterpret_cast<float2*>(params.part_rows + 2 * (place + row)) = make_float2(rows.origin[r], sum); }
-    float* const o_row = params.part_o + (place + row) * kHeadDim;
-#pragma unroll
-    for (int block = 0; block < kHeadDim / 8; block += 2) {
-      float4 const columns = traded_columns(acc_o, block, r, 1.0f);
-      if (is_used) { *reinterpret_cast<float4*>(o_row + traded_column(block)) = columns; }
-    }
-  }
+  return (head * params.total_q + tile.queries.first + tile.m_block * kQueriesPerTile) * 4;
 }
 
 // O and lse of the tile's rows from its parts; each thread writes four columns of one row at a time.
@@ -348,18 +311,10 @@ CUTLASS_FA_DEVICE void combine_parts(Params const& params, Tile const& tile) {
     RowResult const result = result_of(total.origin, total.sum);
     if (column == 0 && params.lse != nullptr) { params.lse[head * params.total_q + query] = is_used ? result.lse : negative_infinity(); }
     if (column >= params.head_dim) { continue; }
-    float const x = total.o.x * result.normalizer, y = total.o.y * result.normalizer;
-    float const z = total.o.z * result.normalizer, w = total.o.w * result.normalizer;
+    float4 const columns = scaled(total.o, result.normalizer);
     Element* const o = static_cast<Element*>(params.o) + query * params.o_stride_row + head * params.o_stride_head + column;
-    *reinterpret_cast<uint2*>(o) = make_uint2(pack2<Element>(x, y), pack2<Element>(z, w));
+    *reinterpret_cast<uint2*>(o) = make_uint2(pack2<Element>(columns.x, columns.y), pack2<Element>(columns.z, columns.w));
   }
-}
-
-// A part joins the others of its tile; the CTA that brings the last one makes the result.
-CUTLASS_FA_DEVICE void deliver(SharedStorage& shared, Params const& params, Tile const& tile) {
-  Part const& own = tile.own;
-  if (own.arrivals == 0) { return; }
-  if (is_last_to_arrive(params.part_counters + own.first_cta, own.arrivals, own.parts, kResultThreads, shared.is_last)) { combine_parts(params, tile); }
 }
 
 // ---- producer: one thread starts every copy -------------------------------------------------------------------------------------------
@@ -513,22 +468,23 @@ CUTLASS_FA_DEVICE void attend(Consumer& self, SharedStorage& shared, Params cons
 
 CUTLASS_FA_DEVICE void consume(SharedStorage& shared, Params const& all, int warpgroup) {
   Consumer self = make_consumer(warpgroup);
-  for (Tile tile = shared.tiles.get(self.tile_pipe); tile.m_block >= 0;) {
+  for (Tile tile = shared.tiles.get(self.tile_pipe); tile.m_block >= 0; tile = shared.tiles.get(self.tile_pipe)) {
     Params const params = params_of(all, tile);
     float acc_o[kHeadDim / 2] = {};  // 2 rows x kHeadDim / 4 columns of this thread
     SoftmaxRows rows = empty_rows();
-    if (tile.own.begin < tile.own.end) {
+    Part const& own = tile.own;
+    if (own.begin < own.end) {
       shared.q_full[self.q_pipe.stage()].wait(self.q_pipe.parity());
-      attend(self, shared, params, tile, tile.own.end - 1, acc_o, rows);
+      attend(self, shared, params, tile, own.end - 1, acc_o, rows);
     }
-    Tile const next = shared.tiles.get(self.tile_pipe);  // before the stores, which then overlap with the next tile's loads
-    if (tile.own.parts == 1) {
+    if (own.parts == 1) {
       store_o(params, tile, self.row_in_tile, acc_o, rows);
     } else {
-      store_part(params, tile, self.row_in_tile, acc_o, rows);
-      deliver(shared, params, tile);
+      store_part(acc_o, rows, params.part_o, params.part_rows, place_of(params, tile, own.part), self.row_in_tile,
+                 [&](int row) { return is_row(params, tile, row); });
+      int* const counter = params.part_counters + own.first_cta;
+      if (own.arrivals > 0 && is_last_to_arrive(counter, own.arrivals, own.parts, kResultThreads, shared.is_last)) { combine_parts(params, tile); }
     }
-    tile = next;
   }
 }
 

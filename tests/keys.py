@@ -20,6 +20,8 @@ def sampled_keys() -> tuple[DispatchKey, ...]:
             chosen["sliding_window"] = chosen.get("sliding_window", False) or chosen.get("sink", False)
             if chosen.get("position_offset", False) and not (chosen["sliding_window"] or chosen["alibi"]):
                 chosen["causal"] = True
+            if direction == "fwd" and chosen.get("split", False):
+                chosen["paged"] = True
             if chosen.get("paged", False):
                 chosen["varlen"] = True
             if direction == "sequence_tiles":  # one kernel serves all

@@ -93,6 +93,7 @@ def test_key_refuses_unknown_words() -> None:
         ({"direction": "bwd", "dtype": "e4m3", "v_dtype": "e4m3"}, "no fp8 backward"),
         ({"direction": "bwd", "paged": True}, "no backward"),
         ({"deterministic": True}, "every forward is"),
+        ({"varlen": True, "split": True}, "split needs paged"),
         ({"direction": "bwd_convert"}, "bwd_convert is not built yet"),
         ({"family": "fa2", "direction": "bwd", "learnable_sink": True}, "the same with learnable_sink"),
         ({"family": "fa2", "direction": "bwd_convert", "learnable_sink": True}, "learnable_sink is not built yet in the fa2 bwd_convert"),
@@ -118,7 +119,7 @@ def test_valid_keys_are_what_lookup_serves() -> None:
     combinations = 2 * len(CELL_HEAD_DIMS)  # dtypes x head_dims
     masks = 12 + 11  # causal, alibi, and a window, which may have sink tokens: each with offsets too, but for none of them
     counts = Counter((key.family, key.direction) for key in valid)
-    assert counts["fa3", "fwd"] == combinations * 3 * 2**3 * masks  # varlen and, with it, paged; lsink, softcap, float_out
+    assert counts["fa3", "fwd"] == combinations * 4 * 2**3 * masks  # varlen, with it paged, with that split; lsink, softcap, float_out
     assert counts["fa2", "fwd"] == combinations * 2**5 * masks * len(ARCHS)  # varlen, lsink, softcap, dropout, float_out
     assert set(counts) == set(BUILT_FLAGS)
     assert all(DISPATCH_TABLE.lookup(key) is key for key in valid)

@@ -227,11 +227,6 @@ class Fa3FwdCell(SwizzledCell):
         return self.has_dynamic_scheduler or self.is_split
 
     @property
-    def has_traded_columns(self) -> bool:
-        """Whether rows are written in float."""
-        return self.has_float_out or self.is_split
-
-    @property
     def has_turns(self) -> bool:
         """Whether consumers take turns at the tensor cores."""
         return self.consumers > 1

@@ -2,18 +2,44 @@
 // Partial results of rows of a tile, and their sum.
 #pragma once
 
+#include <cutlass_fa/accumulator_rows.cuh>
 #include <cutlass_fa/atomic.cuh>
 #include <cutlass_fa/base.cuh>
 #include <cutlass_fa/math.cuh>
 #include <cutlass_fa/named_barrier.cuh>
+#include <cutlass_fa/softmax.cuh>
+#include <cutlass_fa/warp.cuh>
 
 namespace cutlass_fa {
+
+// One part's rows, of which is_used(row) says which there are: acc_o as it is, what it is measured from, and its sum. place: of row 0 of the
+// tile in part_o (places, kSize * 2) and part_rows (places, 2).
+template <int kSize, class IsUsed>
+CUTLASS_FA_DEVICE void store_part(float const (&acc_o)[kSize], SoftmaxRows const& rows, float* part_o, float* part_rows, int64_t place, int row_in_tile,
+                                  IsUsed is_used) {
+  constexpr int kColumns = 2 * kSize;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    int const row = row_in_tile + 8 * r;
+    bool const exists = is_used(row);
+    float const sum = quad_sum(rows.sum[r]);
+    if (exists && thread_index() % 4 == 0) { *reinterpret_cast<float2*>(part_rows + 2 * (place + row)) = make_float2(rows.origin[r], sum); }
+    float* const o_row = part_o + (place + row) * kColumns;
+#pragma unroll
+    for (int block = 0; block < kColumns / 8; block += 2) {
+      float4 const columns = traded_columns(acc_o, block, r, 1.0f);
+      if (exists) { *reinterpret_cast<float4*>(o_row + traded_column(block)) = columns; }
+    }
+  }
+}
 
 // Four columns of a row as a part has them: not yet divided by the row's sum, which is measured from `origin` (softmax.cuh).
 struct PartSum {
   float origin, sum;
   float4 o;
 };
+
+CUTLASS_FA_DEVICE float4 scaled(float4 o, float scale) { return make_float4(o.x * scale, o.y * scale, o.z * scale, o.w * scale); }
 
 CUTLASS_FA_DEVICE PartSum no_parts() { return {negative_infinity(), 0.0f, make_float4(0.0f, 0.0f, 0.0f, 0.0f)}; }
 
