@@ -250,7 +250,7 @@ def _semantic_reasons(key: DispatchKey) -> list[str]:
             key.direction == "bwd_convert" and key.split and key.varlen,
             "parts of dk and dv are added up as of one sequence: leave out varlen",
         ),
-        (key.split and not backward and not key.paged, "the keys of a forward's tile are divided among CTAs where they are a cache's: split needs paged"),
+        (key.split and not backward and not key.paged, "only keys of a cache are divided among the CTAs of a forward: split needs paged"),
         (
             key.learnable_sink and key.direction == "bwd",
             "a backward's main kernel is the same with learnable_sink, which lse holds: bwd_preprocess makes the gradient",

@@ -169,6 +169,11 @@ def choice_notes(key: DispatchKey) -> tuple[str, ...]:
     if key.family == "fa2" and key.arch == "sm_90a" and key.direction == "fwd":
         why = "which has dropout" if key.dropout else "as asked"
         notes.append(f"a forward of family fa2 on sm_90a, {why}; without dropout family fa3 serves calls there")
+    if key.split and key.direction == "fwd":
+        notes.append(
+            "CTAs share the keys of a sequence, each an equal part of all work (num_splits: of equal parts of each sequence); "
+            "the one that brings the last part of a tile adds them up, in the same launch"
+        )
     return tuple(notes)
 
 

@@ -317,7 +317,9 @@ class Fa3FwdRequest(ForwardRequest):
             raise Fa3RequiresHopper(f"arch={self.arch}: family fa3 uses TMA and WGMMA, which only sm_90a has")
 
         if self.num_splits > 1 and self.persistent == Grid():
-            raise InvalidArgument(f"num_splits={self.num_splits} with persistent=Grid(): CTAs that share keys take several tiles; leave one out")
+            raise InvalidArgument(
+                f"num_splits={self.num_splits} with persistent=Grid(): CTAs that share keys take several tiles; leave it out"
+            )
 
     def dispatch_key(self) -> DispatchKey:
         """The cell this request needs; whether it exists is DISPATCH_TABLE's to say."""
@@ -335,11 +337,7 @@ class Fa3FwdRequest(ForwardRequest):
         if self.kv_cache is None or self.num_splits != 0 or self.persistent == Grid():
             return False
         own = self._packed(replace(key, split=True))
-        heads, small = self.num_heads_q // own.gqa_ratio, fa3_fwd_tile_of(key.head_dim, own.features)
-        blocks = max_blocks(self.rows_q, self.batch, small.tile_m // own.gqa_ratio) * heads * -(-self.seqlen_k // small.tile_n)
-        if blocks > MAX_SPLIT_BLOCKS:
-            return False
-        if self._usual_seqlen_q * own.gqa_ratio <= small.tile_m:
+        if self._usual_seqlen_q * own.gqa_ratio <= fa3_fwd_tile_of(own.head_dim, own.features).tile_m:
             return True
         queries = fa3_fwd_tile_of(key.head_dim, key.features).tile_m // key.gqa_ratio
         tiles = self.batch * -(-self._usual_seqlen_q // queries) * (self.num_heads_q // key.gqa_ratio)
@@ -466,7 +464,6 @@ def max_blocks(rows: int, sequences: int, block_rows: int) -> int:
 
 FwdRequest: TypeAlias = Fa2FwdRequest | Fa3FwdRequest
 
-MAX_SPLIT_BLOCKS = 2**31 - 1  # of keys, of all tiles: kernels that divide them count them in 32 bits
 LEAST_BLOCKS_OF_A_SPLIT = 4  # blocks of queries: fewer do not pay for the loads of K and V and the parts of dK and dV
 
 
@@ -506,7 +503,8 @@ def PagedAttentionRequest(
     **arguments: Any,
 ) -> FwdRequest:
     """A forward whose keys and values lie in a cache: `batch` sequences with total_q queries together, at most seqlen_q each (default: not
-    known), and as many keys as their lengths say at run time. arguments: those of AttentionRequest, and num_splits (ForwardRequest). Raises as forward_request does."""
+    known), and as many keys as their lengths say at run time. arguments: those of AttentionRequest, num_splits (ForwardRequest). Raises as
+    forward_request does."""
     rows = CumulativeSeqlens(total_q, batch * kv_cache.capacity)
     longest = {"seqlen_q": total_q if seqlen_q is None else min(seqlen_q, total_q), "seqlen_k": kv_cache.capacity}
     defaults = {"arch": "sm_90a", "dropout_p": 0.0}

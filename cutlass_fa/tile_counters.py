@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from functools import lru_cache
+
 from .arrays import LEGACY_STREAM
 from .errors import LaunchError
 

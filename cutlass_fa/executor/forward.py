@@ -75,7 +75,8 @@ def run_forward(
     q_offset, k_offset: positions of the first query and key, where the cell has offsets.
     persistent: default Persistent(), as the launcher's, in the family that has it.
     out_like: an array whose shape and strides the output has; default contiguous.
-    cached: k and v are a KV cache, where the cell is of one; num_splits: parts of a sequence's keys, where the cell divides them. extras: those of ExtraSpecs that the cell has.
+    cached: k and v are a KV cache, where the cell is of one; num_splits: parts of a sequence's keys, where the cell divides them.
+    extras: those of ExtraSpecs that the cell has.
 
     Raises ExecutorFault where the kernel misbehaves (also when it writes around a strided output, or leaves some of an output unwritten),
     ExecutorError and HostCompileError, and what Problem.from_specs raises for bad arguments.
@@ -140,9 +141,7 @@ def _arguments(
     return grid, [*maps, params.tobytes()]
 
 
-def _add_counters(
-    problem: Problem, cell: Cell, buffers: dict[str, Buffer], memory: GlobalMemory, device: DeviceInfo
-) -> Buffer:
+def _add_counters(problem: Problem, cell: Cell, buffers: dict[str, Buffer], memory: GlobalMemory, device: DeviceInfo) -> Buffer:
     """What tiles or their parts are counted on, and the parts' workspace, which holds NaN."""
     if not (isinstance(cell, Fa3FwdCell) and cell.is_split):
         buffers["tile_counter"] = memory.add("tile_counter", np.zeros(4, np.uint8), writable=True)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from ..cells.fa3_fwd import Fa3FwdCell
 from ..device import DeviceInfo
-from ..launch import tile_count
+from ..errors import InvalidArgument
+from ..launch import MAX_TILES
 from ..problem import Problem
 from ..requests import PersistentMode
 from .sequence_tiles import capacity
@@ -21,8 +22,14 @@ def num_splits_of(problem: Problem, cell: Fa3FwdCell) -> int:
 
 def blocks_at_most(problem: Problem, cell: Fa3FwdCell) -> int:
     """Blocks of keys of all tiles. Raises InvalidArgument where a 32-bit number does not count them."""
-    tiles = tile_count(capacity(problem.request, "q", cell.queries_per_tile), problem.request.num_heads_q // cell.gqa_ratio, 1)
-    return tile_count(tiles, _blocks_of_tile(problem, cell), 1)
+    tiles = capacity(problem.request, "q", cell.queries_per_tile) * (problem.request.num_heads_q // cell.gqa_ratio)
+    blocks = tiles * _blocks_of_tile(problem, cell)
+    if blocks > MAX_TILES:
+        raise InvalidArgument(
+            f"{tiles} tiles of queries * {_blocks_of_tile(problem, cell)} blocks of keys: CTAs share at most {MAX_TILES}; "
+            "pass num_splits=1, or divide the batch"
+        )
+    return blocks
 
 
 def _blocks_of_tile(problem: Problem, cell: Fa3FwdCell) -> int:
