@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from . import kernels
 from .arrays import ArrayLibrary, check_one_library, dtype_name, library_of, not_on_gpu
 from .device import check_current_device, device_info
 from .dropout import dropout_mask
 from .errors import InvalidArgument
 from .extras import EXTRA_NAMES, ExtraSpecs
-from .launch import ForwardPlan
-from .launches import forward_plan
 from .problem import Problem, check_pointers
 from .requests import AttentionRequest, MaskKind, PersistentMode, Window, check_offsets
+
+if TYPE_CHECKING:
+    from .launch import ForwardPlan
 
 BACKENDS = ("cuda", "reference")
 
@@ -108,7 +108,7 @@ def forward(
     if backend != "cuda":
         raise InvalidArgument(f"backend={backend!r}: accepted are {', '.join(BACKENDS)}")
     library = library_of(type(q))
-    plan = _plan(library, (q, k, v) if out is None else (q, k, v, out), options, extras)
+    plan = plan_of(_plans, _make_plan, library, _NAMES, (q, k, v, out), options, extras)
     problem = plan.problem
     device = problem.q.device
     if out is None:
@@ -148,41 +148,44 @@ OPTION_NAMES = (
     *("max_seqlen_q", "max_seqlen_k", "cached", "num_splits"),
 )
 
+_NAMES = ("q", "k", "v", "out")
+_Plan = TypeVar("_Plan")
 _plans: dict[tuple[Any, ...], ForwardPlan] = {}
 _MAX_PLANS = 4096
 
 
-def _plan(library: ArrayLibrary, arrays: tuple[Any, ...], options: _Options, extras: tuple[Any, ...]) -> ForwardPlan:
-    """The launch plan of a call, made at the first call of its kind and found by shapes, strides, dtypes and options afterwards.
+def plan_of(
+    plans: dict[tuple[Any, ...], _Plan],
+    make: Callable[[ArrayLibrary, tuple[Any, ...], _Options, tuple[Any, ...]], _Plan],
+    library: ArrayLibrary,
+    names: tuple[str, ...],
+    arrays: tuple[Any, ...],
+    options: _Options,
+    extras: tuple[Any, ...],
+) -> _Plan:
+    """The launch plan of a call, made at the first call of its kind and found in `plans` by shapes, strides, dtypes and options afterwards.
 
-    arrays: q, k, v, and out where the caller brings it. extras: arrays or None, in the order of EXTRA_NAMES."""
+    names: of `arrays`, which may be None but for the first. extras: arrays or None, in the order of EXTRA_NAMES."""
+    given = (*arrays, *extras)
     try:
-        kind = (library.signatures(arrays), options, extra_signatures(library, extras))
+        kind = (library.signatures(given), options)
     except AttributeError:
-        _check_one_library(arrays, extras)
+        check_one_library((*names, *EXTRA_NAMES), given)
         raise
-    plan = _plans.get(kind)
+    plan = plans.get(kind)
     if plan is None:
-        _check_one_library(arrays, extras)
-        plan = _make_plan(library, (*arrays, None)[:4], options, extras)
-        if len(_plans) >= _MAX_PLANS:
-            _plans.clear()
-        _plans[kind] = plan
+        check_one_library((*names, *EXTRA_NAMES), given)
+        plan = make(library, arrays, options, extras)
+        if len(plans) >= _MAX_PLANS:
+            plans.clear()
+        plans[kind] = plan
     return plan
-
-
-def extra_signatures(library: ArrayLibrary, extras: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """A hashable that determines which extra arrays there are and what they look like; None where there are none."""
-    given = [array for array in extras if array is not None]
-    return (library.signatures(given), tuple([array is None for array in extras])) if given else None
-
-
-def _check_one_library(arrays: tuple[Any, ...], extras: tuple[Any, ...]) -> None:
-    check_one_library((*("q", "k", "v", "out")[: len(arrays)], *EXTRA_NAMES), (*arrays, *extras))
 
 
 def _make_plan(library: ArrayLibrary, arrays: tuple[Any, ...], options: _Options, extras: tuple[Any, ...]) -> ForwardPlan:
     """arrays: q, k, v, and out or None."""
+    from . import kernels, launches  # what checks, finds and launches kernels is imported by the first call, not by the import of its name
+
     device = library.spec(arrays[0]).device
     # Shapes are checked for CPU arrays too, as for a Hopper GPU, before their place in memory is refused.
     problem = _problem(library, arrays, options, extras, device_info(device).arch if device >= 0 else "sm_90a")
@@ -190,7 +193,7 @@ def _make_plan(library: ArrayLibrary, arrays: tuple[Any, ...], options: _Options
         raise not_on_gpu(library)
     check_current_device(device)
     *before, main = (kernels.get(key) for key in problem.request.dispatch_keys())
-    return forward_plan(problem, main, *before)
+    return launches.forward_plan(problem, main, *before)
 
 
 def mask_of(window_size: tuple[int, ...], causal: bool) -> MaskKind:
@@ -211,7 +214,8 @@ def _problem(library: ArrayLibrary, arrays: tuple[Any, ...], options: _Options, 
     named: dict[str, Any] = dict(zip(OPTION_NAMES, options, strict=True))
     mask = mask_of(named.pop("window_size"), named.pop("causal"))
     q, k, v, out = (None if array is None else library.spec(array) for array in arrays)
-    assert q is not None and k is not None and v is not None
+    if q is None or k is None or v is None:
+        raise InvalidArgument("q, k or v is None: all three are needed")
     return Problem.from_specs(q, k, v, out, arch=arch, mask=mask, extras=ExtraSpecs.of(library, extras), **named)
 
 
@@ -255,7 +259,7 @@ def _reference(
     from .reference import attention_forward
 
     library = reference_library(q)
-    _check_one_library((q, k, v) if out is None else (q, k, v, out), extras)
+    check_one_library((*_NAMES, *EXTRA_NAMES), (q, k, v, out, *extras))
     request = _problem(library, (q, k, v, out), options, extras, "sm_90a").request  # refuses what the kernels refuse
     named: dict[str, Any] = dict(zip(OPTION_NAMES, options, strict=True))
     dtype = "float32" if named["float_out"] else q.dtype

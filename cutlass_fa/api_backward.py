@@ -10,14 +10,14 @@ from .api import (
     BACKENDS,
     MASK_NAMES,
     check_random_state,
-    extra_signatures,
     forward,
     mask_of,
     mask_options,
+    plan_of,
     reference_library,
     reference_options,
 )
-from .arrays import ArrayLibrary, check_one_library, library_of, not_on_gpu
+from .arrays import ArrayLibrary, library_of, not_on_gpu
 from .device import check_current_device, device_info
 from .errors import InvalidArgument
 from .extras import EXTRA_NAMES, ExtraSpecs
@@ -106,7 +106,7 @@ def backward(
     if backend != "cuda":
         raise InvalidArgument(f"backend={backend!r}: accepted are {', '.join(BACKENDS)}")
     library = library_of(type(q))
-    plan = _plan(library, arrays, options, extras)
+    plan = plan_of(_plans, _make_plan, library, _NAMES, arrays, options, extras)
     problem, device = plan.problem, plan.problem.q.device
     stream = library.current_stream(device)
     if problem.request.recompute:
@@ -132,25 +132,10 @@ def backward(
 
 
 _plans: dict[tuple[Any, ...], Fa2BwdPlan] = {}
-_MAX_PLANS = 4096
 
 
 # Arrays of a call, those that any call may bring apart, in the order of this module's tuples; from out on, all but dout may be None.
 _NAMES = ("q", "k", "v", "out", "dout", "lse", "dlse", "dq", "dk", "dv", "dlearnable_sink")
-
-
-def _plan(library: ArrayLibrary, arrays: tuple[Any, ...], options: _Options, extras: tuple[Any, ...]) -> Fa2BwdPlan:
-    """The launch plan of a call, made at the first call of its kind and found by shapes, strides, dtypes and options afterwards."""
-    check_one_library((*_NAMES, *EXTRA_NAMES), (*arrays, *extras))
-    given = tuple(array is not None for array in arrays)
-    kind = (library.signatures([array for array in arrays if array is not None]), given, options, extra_signatures(library, extras))
-    plan = _plans.get(kind)
-    if plan is None:
-        plan = _make_plan(library, arrays, options, extras)
-        if len(_plans) >= _MAX_PLANS:
-            _plans.clear()
-        _plans[kind] = plan
-    return plan
 
 
 def _make_plan(library: ArrayLibrary, arrays: tuple[Any, ...], options: _Options, extras: tuple[Any, ...]) -> Fa2BwdPlan:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from . import kernels
-from .api import BACKENDS, OPTION_NAMES, extra_signatures, forward, is_float32, mask_of, mask_options, reference_library
+from .api import BACKENDS, OPTION_NAMES, forward, is_float32, mask_of, mask_options, reference_library
 from .arrays import ArrayLibrary, check_one_library, library_of, not_on_gpu
 from .check_kvcache import check_cache_numbers
 from .device import check_current_device, device_info
@@ -157,7 +157,7 @@ def append_plan(library: ArrayLibrary, arrays: tuple[Any, ...], turns: tuple[boo
 
     arrays: in the order of APPEND_NAMES, None where there is none. turns: rotary_interleaved, successive_queries."""
     try:
-        kind = (extra_signatures(library, arrays), turns)
+        kind = (library.signatures(arrays), turns)
     except AttributeError:
         check_one_library(APPEND_NAMES, arrays)
         raise
@@ -218,16 +218,19 @@ def _check_number(problem: AppendProblem, num_cached: int) -> None:
 
 
 _LENGTHS = APPEND_NAMES.index("cache_seqlens")
-_OF_ROWS = frozenset(APPEND_NAMES[:_LENGTHS])  # arrays of 16-bit elements, read sixteen bytes at a time
 
 
 def _check_alignment(plan: AppendPlan, addresses: tuple[int, ...]) -> None:
-    """Raises InvalidArgument, naming the array, unless rows begin at multiples of 16 bytes."""
-    for i, address in zip(plan.arrays, addresses, strict=False):
-        if address % ALIGNMENT_BYTES and APPEND_NAMES[i] in _OF_ROWS:
-            raise InvalidArgument(
-                f"{APPEND_NAMES[i]} starts at address {address:#x}, not a multiple of {ALIGNMENT_BYTES} bytes; copy it to a fresh array"
-            )
+    """Raises InvalidArgument, naming the array, unless rows begin at multiples of 16 bytes. Numbers are read one by one."""
+    merged = 0
+    for address in addresses[: plan.num_row_arrays]:
+        merged |= address
+    if merged % ALIGNMENT_BYTES == 0:
+        return
+    i, address = next(pair for pair in zip(plan.arrays, addresses, strict=False) if pair[1] % ALIGNMENT_BYTES)
+    raise InvalidArgument(
+        f"{APPEND_NAMES[i]} starts at address {address:#x}, not a multiple of {ALIGNMENT_BYTES} bytes; copy it to a fresh array"
+    )
 
 
 def _check_arguments(cache_seqlens: Any, k: Any, cache_leftpad: Any, num_splits: int) -> None:

@@ -38,7 +38,7 @@ class ArrayLibrary(Protocol):
     name: str
 
     def signatures(self, arrays: Sequence[Any]) -> tuple[Any, ...]:
-        """A cheap hashable that determines `spec(x)` of each array. AttributeError where one is another library's."""
+        """A cheap hashable that determines `spec(x)` of each array, and which are None. AttributeError where one is another library's."""
 
     def spec(self, x: Any) -> ArraySpec: ...
 
@@ -80,7 +80,7 @@ class CupyArrays:
         }
 
     def signatures(self, arrays: Sequence[Any]) -> tuple[Any, ...]:
-        return tuple([(x.shape, x.strides, x.dtype, x.data.device_id) for x in arrays])
+        return tuple([None if x is None else (x.shape, x.strides, x.dtype, x.data.device_id) for x in arrays])
 
     def spec(self, x: Any) -> ArraySpec:
         strides = tuple(stride // x.itemsize if stride % x.itemsize == 0 else -1 for stride in x.strides)
@@ -117,12 +117,12 @@ class TorchArrays:
         self._dtypes = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32, "i32": torch.int32}
 
     def signatures(self, arrays: Sequence[Any]) -> tuple[Any, ...]:
-        if any([x.requires_grad for x in arrays]) and self._is_grad_enabled():
+        if any([x is not None and x.requires_grad for x in arrays]) and self._is_grad_enabled():
             raise InvalidArgument(
                 "a tensor requires a gradient, which would be lost: call under torch.no_grad(), or pass x.detach(); "
                 "flash_attn_backward computes gradients"
             )
-        return tuple([(x.shape, x.stride(), x.dtype, x.get_device()) for x in arrays])
+        return tuple([None if x is None else (x.shape, x.stride(), x.dtype, x.get_device()) for x in arrays])
 
     def spec(self, x: Any) -> ArraySpec:
         name = str(x.dtype).removeprefix("torch.")
@@ -150,7 +150,7 @@ class NumpyArrays:
     name = "NumPy"
 
     def signatures(self, arrays: Sequence[Any]) -> tuple[Any, ...]:
-        return tuple([(x.shape, x.strides, x.dtype, -1) for x in arrays])
+        return tuple([None if x is None else (x.shape, x.strides, x.dtype, -1) for x in arrays])
 
     def spec(self, x: Any) -> ArraySpec:
         strides = tuple(stride // x.itemsize for stride in x.strides)

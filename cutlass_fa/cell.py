@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from .arch.limits import limits_of
+from .cells import cell_class
 from .dispatch import DISPATCH_TABLE, DispatchKey
 from .params import ParamField, params_dtype
 
@@ -28,10 +29,8 @@ class Cell(ABC):
     @staticmethod
     def of(key: DispatchKey) -> Cell:
         """The cell that serves `key`. Raises UnsupportedCell with every reason when there is none."""
-        from .cells import CELL_CLASSES  # here, because its classes are made from this one
-
         DISPATCH_TABLE.lookup(key)
-        cell = CELL_CLASSES[key.family, key.direction].for_key(key)
+        cell = cell_class(key.family, key.direction).for_key(key)
         cell.check_limits()
         return cell
 

@@ -103,30 +103,27 @@ def _page_unit(spec: ArraySpec) -> int:
     return math.gcd(*apart) or 16 // _ELEMENT_BYTES
 
 
-class TensorMaps:
-    """The maps of a kernel's arrays, each of one geometry, by device address. Not thread-safe: its owner (a launch plan) holds a lock."""
+class TensorMaps(dict[tuple[int, ...], tuple[int, ...]]):
+    """The maps of a kernel's arrays, each of one geometry: device addresses of the arrays -> host addresses of the maps, encoded where they
+    are first asked for and valid until the next question. Raises LaunchError when the driver refuses a geometry.
+
+    A dict, because every launch asks. Not thread-safe: its owner (a launch plan) holds a lock."""
 
     def __init__(self, *geometries: TensorMapGeometry) -> None:
+        super().__init__()
         self._geometries = geometries
         self._maps: tuple[dict[int, Any], ...] = tuple({} for _ in geometries)
-        self._host_addresses: dict[tuple[int, ...], tuple[int, ...]] = {}
 
-    def host_addresses(self, pointers: tuple[int, ...]) -> tuple[int, ...]:
-        """Where in host memory the maps for arrays at these device addresses lie, until the next call.
-
-        Raises LaunchError when the driver refuses a geometry."""
-        return self._host_addresses.get(pointers) or self._encoded(pointers)
-
-    def _encoded(self, pointers: tuple[int, ...]) -> tuple[int, ...]:
-        if len(self._host_addresses) >= _MAX_MAPS:
-            self._host_addresses.clear()
+    def __missing__(self, pointers: tuple[int, ...]) -> tuple[int, ...]:
+        if len(self) >= _MAX_MAPS:
+            self.clear()
             for maps in self._maps:
                 maps.clear()
         for geometry, maps, pointer in zip(self._geometries, self._maps, pointers, strict=True):
             if pointer not in maps:
                 maps[pointer] = encode(geometry, pointer)
         found = tuple(int(maps[pointer].getPtr()) for maps, pointer in zip(self._maps, pointers, strict=True))
-        self._host_addresses[pointers] = found
+        self[pointers] = found
         return found
 
 

@@ -18,6 +18,7 @@ using namespace cutlass_fa;
 using Element = bfloat16;
 
 constexpr int kTileM = 128;  // rows of a CTA's tile
+constexpr int kQueriesPerTile = kTileM;
 constexpr int kTileN = 64;  // keys of a block
 constexpr int kHeadDim = 64;
 constexpr int kStages = 2;  // key blocks in shared memory, K and V each: one is read while the others land
@@ -82,9 +83,9 @@ static_assert(sizeof(Params) == 280, "params.py packs another layout");
 
 // One CTA's piece of work: kTileM rows of one head of one sequence, and where the sequence lies in the packed arrays.
 struct Tile {
-  int m_block;
-  int head;   // of params.num_heads_q
-  int batch;  // the sequence; params.batch: rows that belong to none
+  int first_query;  // of the sequence; -1: no tile
+  int head;         // of params.num_heads_q
+  int batch;        // the sequence; params.batch: rows that belong to none
   Sequence queries, keys;
 };
 
@@ -100,7 +101,7 @@ CUTLASS_FA_DEVICE Tile tile_of(Params const& params, int index) {
   int const index_in_section = index - first_head * num_blocks;
   int const place = index_in_section / heads;
   SequenceBlock const block = block_of(params.tile_list, place);
-  return {block.block, first_head + index_in_section - place * heads, block.sequence,
+  return {block.block * kQueriesPerTile, first_head + index_in_section - place * heads, block.sequence,
           sequence_of(params.cu_seqlens_q, params.seqused_q, params.batch, params.total_q, block.sequence),
           sequence_of(params.cu_seqlens_k, params.seqused_k, params.batch, params.total_k, block.sequence)};
 }
@@ -113,17 +114,18 @@ struct SharedStorage {
 static_assert(sizeof(SharedStorage) == 49152, "cell.py computes another size");
 
 // A tile's rows are queries of one head.
-constexpr int kQueriesPerTile = kTileM;
-CUTLASS_FA_DEVICE int query_of(Tile const& tile, int row) { return tile.m_block * kTileM + row; }
+CUTLASS_FA_DEVICE int query_of(Tile const& tile, int row) { return tile.first_query + row; }
 CUTLASS_FA_DEVICE int head_of(Tile const& tile, int) { return tile.head; }
 CUTLASS_FA_DEVICE int kv_head_of(Params const& params, Tile const& tile) { return tile.head / params.heads_per_kv_head; }
-CUTLASS_FA_DEVICE bool is_row(Params const& params, Tile const& tile, int row) { return query_of(tile, row) < params.seqlen_q; }
+CUTLASS_FA_DEVICE bool is_row(Params const& params, Tile const& tile, int row) {
+  return static_cast<unsigned>(query_of(tile, row)) < static_cast<unsigned>(params.seqlen_q);  // and is not below 0
+}
 
 // The arguments of the tile's sequence alone: all that follows takes them for those of the call.
 CUTLASS_FA_DEVICE Params params_of(Params const& all, Tile const& tile) {
   Params params = all;
   params.seqlen_q = tile.queries.used;
-  params.seqlen_k = tile.m_block * kQueriesPerTile < tile.queries.used ? tile.keys.used : 0;  // rows that are not used see no keys
+  params.seqlen_k = tile.first_query < tile.queries.used ? tile.keys.used : 0;  // rows that are not used see no keys
   params.sink_tokens = min(params.sink_tokens, params.seqlen_k);
   params.q = static_cast<Element*>(params.q) + tile.queries.first * params.q_stride_row;
   params.k = static_cast<Element*>(params.k) + tile.keys.first * params.k_stride_row;
@@ -170,7 +172,7 @@ struct KeyBlocks {
 };
 
 CUTLASS_FA_DEVICE KeyBlocks key_blocks(Params const& params, Tile const& tile) {
-  int const first_query = query_of(tile, 0), query_end = min((tile.m_block + 1) * kQueriesPerTile, params.seqlen_q);
+  int const first_query = query_of(tile, 0), query_end = min(tile.first_query + kQueriesPerTile, params.seqlen_q);
   int const unmasked_end = max(key_end(params, first_query), 0) / kTileN;
   int const unmasked_begin = (key_begin(params, query_end - 1) + kTileN - 1) / kTileN;
   int const begin = key_begin(params, first_query) / kTileN;

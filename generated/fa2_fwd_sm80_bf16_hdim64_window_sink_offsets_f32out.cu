@@ -17,6 +17,7 @@ using namespace cutlass_fa;
 using Element = bfloat16;
 
 constexpr int kTileM = 128;  // rows of a CTA's tile
+constexpr int kQueriesPerTile = kTileM;
 constexpr int kTileN = 64;  // keys of a block
 constexpr int kHeadDim = 64;
 constexpr int kStages = 2;  // key blocks in shared memory, K and V each: one is read while the others land
@@ -67,8 +68,8 @@ static_assert(sizeof(Params) == 184, "params.py packs another layout");
 
 // One CTA's piece of work: kTileM rows of one head of one sequence.
 struct Tile {
-  int m_block;
-  int head;  // of params.num_heads_q
+  int first_query;  // rows of no query are below 0, or from seqlen_q on
+  int head;         // of params.num_heads_q
   int batch;
 };
 
@@ -76,7 +77,7 @@ struct Tile {
 CUTLASS_FA_DEVICE Tile tile_of(Params const& params, int index) {
   int const batch_head = index / params.num_m_blocks;
   int const batch = batch_head / params.num_heads_q;
-  return {index - batch_head * params.num_m_blocks, batch_head - batch * params.num_heads_q, batch};
+  return {(index - batch_head * params.num_m_blocks) * kQueriesPerTile, batch_head - batch * params.num_heads_q, batch};
 }
 
 struct SharedStorage {
@@ -87,11 +88,12 @@ struct SharedStorage {
 static_assert(sizeof(SharedStorage) == 49152, "cell.py computes another size");
 
 // A tile's rows are queries of one head.
-constexpr int kQueriesPerTile = kTileM;
-CUTLASS_FA_DEVICE int query_of(Tile const& tile, int row) { return tile.m_block * kTileM + row; }
+CUTLASS_FA_DEVICE int query_of(Tile const& tile, int row) { return tile.first_query + row; }
 CUTLASS_FA_DEVICE int head_of(Tile const& tile, int) { return tile.head; }
 CUTLASS_FA_DEVICE int kv_head_of(Params const& params, Tile const& tile) { return tile.head / params.heads_per_kv_head; }
-CUTLASS_FA_DEVICE bool is_row(Params const& params, Tile const& tile, int row) { return query_of(tile, row) < params.seqlen_q; }
+CUTLASS_FA_DEVICE bool is_row(Params const& params, Tile const& tile, int row) {
+  return static_cast<unsigned>(query_of(tile, row)) < static_cast<unsigned>(params.seqlen_q);  // and is not below 0
+}
 
 // Query i stands at position i + position_shift and sees the keys [key_begin, key_end): from window_left before it to window_right after.
 CUTLASS_FA_DEVICE int key_end(Params const& params, int query) {
@@ -125,7 +127,7 @@ struct KeyBlocks {
 };
 
 CUTLASS_FA_DEVICE KeyBlocks key_blocks(Params const& params, Tile const& tile) {
-  int const first_query = query_of(tile, 0), query_end = min((tile.m_block + 1) * kQueriesPerTile, params.seqlen_q);
+  int const first_query = query_of(tile, 0), query_end = min(tile.first_query + kQueriesPerTile, params.seqlen_q);
   int const unmasked_end = max(key_end(params, first_query), 0) / kTileN;
   int const unmasked_begin = (key_begin(params, query_end - 1) + kTileN - 1) / kTileN;
   int const begin = min(key_begin(params, first_query) / kTileN, n_block_end(params, query_end));  // windows may lie beyond the last key

@@ -16,6 +16,7 @@ using namespace cutlass_fa;
 using Element = bfloat16;
 
 constexpr int kTileM = 64;  // rows of a CTA's tile
+constexpr int kQueriesPerTile = kTileM;
 constexpr int kTileN = 32;  // keys of a block
 constexpr int kHeadDim = 256;
 constexpr int kStages = 2;  // key blocks in shared memory, K and V each: one is read while the others land
@@ -63,13 +64,13 @@ static_assert(sizeof(Params) == 176, "params.py packs another layout");
 
 // One CTA's piece of work: kTileM rows of one head of one sequence.
 struct Tile {
-  int m_block;
-  int head;  // of params.num_heads_q
+  int first_query;  // rows of no query are below 0, or from seqlen_q on
+  int head;         // of params.num_heads_q
   int batch;
 };
 
 // Heavy tiles first (the last query rows see the most keys), so that the light ones fill the gaps at the end. Heads go in sections
-// whose K and V stay in the L2 cache while all query blocks of the section pass.
+// whose K and V stay in the L2 cache while all query blocks of the section pass. The first tile begins with query 0.
 CUTLASS_FA_DEVICE Tile tile_of(Params const& params, int index) {
   int const num_heads_total = params.batch * params.num_heads_q;
   int const section = index / (params.heads_per_section * params.num_m_blocks);
@@ -79,7 +80,7 @@ CUTLASS_FA_DEVICE Tile tile_of(Params const& params, int index) {
   int const row_of_tiles = index_in_section / heads;
   int const batch_head = first_head + index_in_section - row_of_tiles * heads;
   int const batch = batch_head / params.num_heads_q;
-  return {params.num_m_blocks - 1 - row_of_tiles, batch_head - batch * params.num_heads_q, batch};
+  return {(params.num_m_blocks - 1 - row_of_tiles) * kQueriesPerTile, batch_head - batch * params.num_heads_q, batch};
 }
 
 struct SharedStorage {
@@ -90,11 +91,12 @@ struct SharedStorage {
 static_assert(sizeof(SharedStorage) == 98304, "cell.py computes another size");
 
 // A tile's rows are queries of one head.
-constexpr int kQueriesPerTile = kTileM;
-CUTLASS_FA_DEVICE int query_of(Tile const& tile, int row) { return tile.m_block * kTileM + row; }
+CUTLASS_FA_DEVICE int query_of(Tile const& tile, int row) { return tile.first_query + row; }
 CUTLASS_FA_DEVICE int head_of(Tile const& tile, int) { return tile.head; }
 CUTLASS_FA_DEVICE int kv_head_of(Params const& params, Tile const& tile) { return tile.head / params.heads_per_kv_head; }
-CUTLASS_FA_DEVICE bool is_row(Params const& params, Tile const& tile, int row) { return query_of(tile, row) < params.seqlen_q; }
+CUTLASS_FA_DEVICE bool is_row(Params const& params, Tile const& tile, int row) {
+  return static_cast<unsigned>(query_of(tile, row)) < static_cast<unsigned>(params.seqlen_q);  // and is not below 0
+}
 
 // Query i stands at position i + seqlen_k - seqlen_q and sees the keys up to its own position.
 CUTLASS_FA_DEVICE int key_end(Params const& params, int query) { return min(params.seqlen_k, query + params.seqlen_k - params.seqlen_q + 1); }
@@ -400,7 +402,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) flash_fwd(const __grid
   SoftmaxRows rows[kRowBlocks];
 #pragma unroll
   for (int m = 0; m < kRowBlocks; ++m) { rows[m] = unseen_rows(); }
-  int const last_block = n_block_end(params, (tile.m_block + 1) * kQueriesPerTile) - 1;
+  int const last_block = n_block_end(params, tile.first_query + kQueriesPerTile) - 1;
   if (last_block >= 0) { attend(shared, params, tile, last_block, warp_row, acc_o, rows); }
   Tile const out_tile = tile_of(params, warp_uniform(block_index()));  // found again, rather than kept in registers all the time
 #pragma unroll

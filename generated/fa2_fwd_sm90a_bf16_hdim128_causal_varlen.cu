@@ -17,6 +17,7 @@ using namespace cutlass_fa;
 using Element = bfloat16;
 
 constexpr int kTileM = 128;  // rows of a CTA's tile
+constexpr int kQueriesPerTile = kTileM;
 constexpr int kTileN = 64;  // keys of a block
 constexpr int kHeadDim = 128;
 constexpr int kStages = 2;  // key blocks in shared memory, K and V each: one is read while the others land
@@ -70,9 +71,9 @@ static_assert(sizeof(Params) == 216, "params.py packs another layout");
 
 // One CTA's piece of work: kTileM rows of one head of one sequence, and where the sequence lies in the packed arrays.
 struct Tile {
-  int m_block;
-  int head;   // of params.num_heads_q
-  int batch;  // the sequence; params.batch: rows that belong to none
+  int first_query;  // of the sequence; -1: no tile
+  int head;         // of params.num_heads_q
+  int batch;        // the sequence; params.batch: rows that belong to none
   Sequence queries, keys;
 };
 
@@ -88,7 +89,7 @@ CUTLASS_FA_DEVICE Tile tile_of(Params const& params, int index) {
   int const index_in_section = index - first_head * num_blocks;
   int const place = index_in_section / heads;
   SequenceBlock const block = block_of(params.tile_list, place);
-  return {block.block, first_head + index_in_section - place * heads, block.sequence,
+  return {block.block * kQueriesPerTile, first_head + index_in_section - place * heads, block.sequence,
           sequence_of(params.cu_seqlens_q, params.seqused_q, params.batch, params.total_q, block.sequence),
           sequence_of(params.cu_seqlens_k, params.seqused_k, params.batch, params.total_k, block.sequence)};
 }
@@ -101,17 +102,18 @@ struct SharedStorage {
 static_assert(sizeof(SharedStorage) == 98304, "cell.py computes another size");
 
 // A tile's rows are queries of one head.
-constexpr int kQueriesPerTile = kTileM;
-CUTLASS_FA_DEVICE int query_of(Tile const& tile, int row) { return tile.m_block * kTileM + row; }
+CUTLASS_FA_DEVICE int query_of(Tile const& tile, int row) { return tile.first_query + row; }
 CUTLASS_FA_DEVICE int head_of(Tile const& tile, int) { return tile.head; }
 CUTLASS_FA_DEVICE int kv_head_of(Params const& params, Tile const& tile) { return tile.head / params.heads_per_kv_head; }
-CUTLASS_FA_DEVICE bool is_row(Params const& params, Tile const& tile, int row) { return query_of(tile, row) < params.seqlen_q; }
+CUTLASS_FA_DEVICE bool is_row(Params const& params, Tile const& tile, int row) {
+  return static_cast<unsigned>(query_of(tile, row)) < static_cast<unsigned>(params.seqlen_q);  // and is not below 0
+}
 
 // The arguments of the tile's sequence alone: all that follows takes them for those of the call.
 CUTLASS_FA_DEVICE Params params_of(Params const& all, Tile const& tile) {
   Params params = all;
   params.seqlen_q = tile.queries.used;
-  params.seqlen_k = tile.m_block * kQueriesPerTile < tile.queries.used ? tile.keys.used : 0;  // rows that are not used see no keys
+  params.seqlen_k = tile.first_query < tile.queries.used ? tile.keys.used : 0;  // rows that are not used see no keys
   params.q = static_cast<Element*>(params.q) + tile.queries.first * params.q_stride_row;
   params.k = static_cast<Element*>(params.k) + tile.keys.first * params.k_stride_row;
   params.v = static_cast<Element*>(params.v) + tile.keys.first * params.v_stride_row;
@@ -432,7 +434,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2) flash_fwd(const __grid
   SoftmaxRows rows[kRowBlocks];
 #pragma unroll
   for (int m = 0; m < kRowBlocks; ++m) { rows[m] = unseen_rows(); }
-  int const last_block = n_block_end(params, (tile.m_block + 1) * kQueriesPerTile) - 1;
+  int const last_block = n_block_end(params, tile.first_query + kQueriesPerTile) - 1;
   if (last_block >= 0) { attend(shared, params, tile, last_block, warp_row, acc_o, rows); }
   Tile const& out_tile = tile;
 #pragma unroll

@@ -18,6 +18,7 @@ using namespace cutlass_fa;
 using Element = bfloat16;
 
 constexpr int kTileM = 128;  // rows of a CTA's tile, 64 for each consumer warpgroup
+constexpr int kQueriesPerTile = 128;  // of each head in it
 constexpr int kTileN = 128;  // keys of a block
 constexpr int kHeadDim = 128;
 constexpr int kStages = 2;   // key blocks in flight, K and V each
@@ -61,8 +62,8 @@ static_assert(sizeof(Params) == 80, "params.py packs another layout");
 
 // One CTA's piece of work: kTileM rows of one head of one sequence.
 struct Tile {
-  int m_block;
-  int head;  // of params.num_heads_q
+  int first_query;  // rows of no query are below 0, or from seqlen_q on
+  int head;         // of params.num_heads_q
   int batch;
 };
 
@@ -70,7 +71,7 @@ struct Tile {
 CUTLASS_FA_DEVICE Tile tile_of(Params const& params, int index) {
   int const batch_head = index / params.num_m_blocks;
   int const batch = batch_head / params.num_heads_q;
-  return {index - batch_head * params.num_m_blocks, batch_head - batch * params.num_heads_q, batch};
+  return {(index - batch_head * params.num_m_blocks) * kQueriesPerTile, batch_head - batch * params.num_heads_q, batch};
 }
 
 // CTAs walk the work list side by side.
@@ -87,14 +88,15 @@ struct SharedStorage {
 static_assert(sizeof(SharedStorage) == 197632, "cell.py computes another size");
 
 // A tile's rows are queries of one head.
-constexpr int kQueriesPerTile = kTileM;
-CUTLASS_FA_DEVICE int query_of(Tile const& tile, int row) { return tile.m_block * kTileM + row; }
+CUTLASS_FA_DEVICE int query_of(Tile const& tile, int row) { return tile.first_query + row; }
 CUTLASS_FA_DEVICE int head_of(Tile const& tile, int) { return tile.head; }
 CUTLASS_FA_DEVICE int kv_head_of(Params const& params, Tile const& tile) { return tile.head / params.heads_per_kv_head; }
-CUTLASS_FA_DEVICE bool is_row(Params const& params, Tile const& tile, int row) { return query_of(tile, row) < params.seqlen_q; }
+CUTLASS_FA_DEVICE bool is_row(Params const& params, Tile const& tile, int row) {
+  return static_cast<unsigned>(query_of(tile, row)) < static_cast<unsigned>(params.seqlen_q);  // and is not below 0
+}
 constexpr int kQBytesPerChunk = kTileM * 128;
 CUTLASS_FA_DEVICE void load_q_chunk(TensorMap const& map, Mbarrier& full, char* destination, int column, Tile const& tile) {
-  tma_load(map, full, CacheHint::kEvictFirst, destination, column, tile.m_block * kTileM, tile.head, tile.batch);
+  tma_load(map, full, CacheHint::kEvictFirst, destination, column, tile.first_query, tile.head, tile.batch);
 }
 // A tile's rows of Q, a chunk of columns at a time.
 CUTLASS_FA_DEVICE void load_q(TensorMap const& map, Mbarrier& full, char* destination, Tile const& tile) {
@@ -189,7 +191,7 @@ CUTLASS_FA_DEVICE void produce(SharedStorage& shared, TensorMap const& map_q, Te
       load_kv(map_v, shared.v_full[v_pipe.stage()], shared.v[v_pipe.stage()], n_block, kv_head, tile.batch);
       v_pipe.advance();
     };
-    int const last_block = n_block_end(params, (tile.m_block + 1) * kQueriesPerTile) - 1;
+    int const last_block = n_block_end(params, tile.first_query + kQueriesPerTile) - 1;
     if (last_block >= 0) {
       shared.q_empty[q_pipe.stage()].wait(q_pipe.parity() ^ 1);
       load_q(map_q, shared.q_full[q_pipe.stage()], shared.q[q_pipe.stage()], tile);
@@ -354,7 +356,7 @@ CUTLASS_FA_DEVICE void consume(SharedStorage& shared, Params const& params, int 
     Tile const tile = tile_of(params, index);
     float acc_o[kHeadDim / 2] = {};  // 2 rows x kHeadDim / 4 columns of this thread
     SoftmaxRows rows = empty_rows();
-    int n_block = n_block_end(params, (tile.m_block + 1) * kQueriesPerTile) - 1;
+    int n_block = n_block_end(params, tile.first_query + kQueriesPerTile) - 1;
     if (n_block >= 0) {
       int const own_end = is_row(params, tile, warpgroup * 64) ? n_block_end(params, query_of(tile, warpgroup * 64 + 63) + 1) : 0;
       shared.q_full[self.q_pipe.stage()].wait(self.q_pipe.parity());

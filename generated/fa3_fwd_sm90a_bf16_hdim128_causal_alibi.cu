@@ -4,6 +4,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include <cutlass_fa/atomic.cuh>
 #include <cutlass_fa/base.cuh>
+#include <cutlass_fa/biased_softmax.cuh>
 #include <cutlass_fa/math.cuh>
 #include <cutlass_fa/mbarrier.cuh>
 #include <cutlass_fa/named_barrier.cuh>
@@ -20,6 +21,7 @@ using namespace cutlass_fa;
 using Element = bfloat16;
 
 constexpr int kTileM = 128;  // rows of a CTA's tile, 64 for each consumer warpgroup
+constexpr int kQueriesPerTile = 128;  // of each head in it
 constexpr int kTileN = 128;  // keys of a block
 constexpr int kHeadDim = 128;
 constexpr int kStages = 2;   // key blocks in flight, K and V each
@@ -68,13 +70,13 @@ static_assert(sizeof(Params) == 112, "params.py packs another layout");
 
 // One CTA's piece of work: kTileM rows of one head of one sequence.
 struct Tile {
-  int m_block;
-  int head;  // of params.num_heads_q
+  int first_query;  // rows of no query are below 0, or from seqlen_q on
+  int head;         // of params.num_heads_q
   int batch;
 };
 
 // Heavy tiles first (the last query rows see the most keys), so that the light ones fill the gaps at the end. Heads go in sections
-// whose K and V stay in the L2 cache while all query blocks of the section pass.
+// whose K and V stay in the L2 cache while all query blocks of the section pass. The last tile ends with the last query.
 CUTLASS_FA_DEVICE Tile tile_of(Params const& params, int index) {
   int const num_heads_total = params.batch * params.num_heads_q;
   int const section = index / (params.heads_per_section * params.num_m_blocks);
@@ -84,7 +86,7 @@ CUTLASS_FA_DEVICE Tile tile_of(Params const& params, int index) {
   int const row_of_tiles = index_in_section / heads;
   int const batch_head = first_head + index_in_section - row_of_tiles * heads;
   int const batch = batch_head / params.num_heads_q;
-  return {params.num_m_blocks - 1 - row_of_tiles, batch_head - batch * params.num_heads_q, batch};
+  return {params.seqlen_q - (row_of_tiles + 1) * kQueriesPerTile, batch_head - batch * params.num_heads_q, batch};
 }
 
 // A CTA starts with the tile of its own index and takes the others from a counter in global memory, so that no CTA idles while tiles
@@ -107,14 +109,15 @@ struct SharedStorage {
 static_assert(sizeof(SharedStorage) == 197632, "cell.py computes another size");
 
 // A tile's rows are queries of one head.
-constexpr int kQueriesPerTile = kTileM;
-CUTLASS_FA_DEVICE int query_of(Tile const& tile, int row) { return tile.m_block * kTileM + row; }
+CUTLASS_FA_DEVICE int query_of(Tile const& tile, int row) { return tile.first_query + row; }
 CUTLASS_FA_DEVICE int head_of(Tile const& tile, int) { return tile.head; }
 CUTLASS_FA_DEVICE int kv_head_of(Params const& params, Tile const& tile) { return tile.head / params.heads_per_kv_head; }
-CUTLASS_FA_DEVICE bool is_row(Params const& params, Tile const& tile, int row) { return query_of(tile, row) < params.seqlen_q; }
+CUTLASS_FA_DEVICE bool is_row(Params const& params, Tile const& tile, int row) {
+  return static_cast<unsigned>(query_of(tile, row)) < static_cast<unsigned>(params.seqlen_q);  // and is not below 0
+}
 constexpr int kQBytesPerChunk = kTileM * 128;
 CUTLASS_FA_DEVICE void load_q_chunk(TensorMap const& map, Mbarrier& full, char* destination, int column, Tile const& tile) {
-  tma_load(map, full, CacheHint::kEvictFirst, destination, column, tile.m_block * kTileM, tile.head, tile.batch);
+  tma_load(map, full, CacheHint::kEvictFirst, destination, column, tile.first_query, tile.head, tile.batch);
 }
 // A tile's rows of Q, a chunk of columns at a time.
 CUTLASS_FA_DEVICE void load_q(TensorMap const& map, Mbarrier& full, char* destination, Tile const& tile) {
@@ -166,19 +169,9 @@ CUTLASS_FA_DEVICE float bias_slope(Params const& params, int batch, int head) {
 // Of a key `column` columns after one that is `distance` before the position. Keys that are seen are not after it: no absolute value is needed.
 CUTLASS_FA_DEVICE float bias_of(float slope, float distance, int column) { return slope * distance - slope * static_cast<float>(column); }
 
-// acc_s <- acc_s - bias, before the mask. distance: from this thread's first column to the position of its first row. Its second row is eight
-// below, and as far from the columns that are eight further on.
-CUTLASS_FA_DEVICE void subtract_bias(float (&acc_s)[kTileN / 2], float slope, int distance) {
-  float const first = static_cast<float>(distance);
-#pragma unroll
-  for (int j = -1; j < kTileN / 8; ++j) {
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      float const bias = bias_of(slope, first, 8 * j + c);
-      if (j >= 0) { acc_s[4 * j + c] -= bias; }
-      if (j + 1 < kTileN / 8) { acc_s[4 * (j + 1) + 2 + c] -= bias; }
-    }
-  }
+// Tells the softmax of a block's bias, which is linear in the key. distance: from this thread's first column to the position of its first row.
+CUTLASS_FA_DEVICE void set_bias(LinearBias& bias, float (&)[kTileN / 2], Params const&, float slope, int distance) {
+  bias.first = -bias_of(slope, static_cast<float>(distance), 0);
 }
 
 // kTileN keys of K or V.
@@ -239,7 +232,7 @@ CUTLASS_FA_DEVICE void produce(SharedStorage& shared, TensorMap const& map_q, Te
       load_kv(map_v, shared.v_full[v_pipe.stage()], shared.v[v_pipe.stage()], n_block, kv_head, tile.batch);
       v_pipe.advance();
     };
-    int const last_block = n_block_end(params, (tile.m_block + 1) * kQueriesPerTile) - 1;
+    int const last_block = n_block_end(params, tile.first_query + kQueriesPerTile) - 1;
     if (last_block >= 0) {
       shared.q_empty[q_pipe.stage()].wait(q_pipe.parity() ^ 1);
       load_q(map_q, shared.q_full[q_pipe.stage()], shared.q[q_pipe.stage()], tile);
@@ -339,11 +332,11 @@ CUTLASS_FA_DEVICE void attend(Consumer& self, SharedStorage& shared, Params cons
     apply_mask(acc_s, limit);
   };
 
-  int const row = self.row_in_tile;
-  float const slope = bias_slope(params, tile.batch, tile.head);
-  auto subtract_block_bias = [&](float(&acc_s)[kTileN / 2], int n_block) {
-    int const key = n_block * kTileN + thread_index() % 4 * 2;
-    subtract_bias(acc_s, slope, position_of(params, query_of(tile, row)) - key);
+  float const slope = bias_slope(params, tile.batch, tile.head) * params.softmax_scale_log2;  // in exponents of 2
+  int const position = position_of(params, query_of(tile, self.row_in_tile)) - thread_index() % 4 * 2;  // counted from a block's first column
+  LinearBias bias = linear_bias(slope);
+  auto add_bias = [&](float(&acc_s)[kTileN / 2], int n_block) {
+    set_bias(bias, acc_s, params, slope, position - n_block * kTileN);
   };
 
   {
@@ -355,9 +348,9 @@ CUTLASS_FA_DEVICE void attend(Consumer& self, SharedStorage& shared, Params cons
     wgmma_wait<0>();
     pin_registers(acc_s);
     release(self, shared.k_empty, self.k_pipe);
-    subtract_block_bias(acc_s, n_block);
+    add_bias(acc_s, n_block);
     mask_block(acc_s, n_block);
-    online_softmax<Element>(acc_s, rows, p, rescale, params.softmax_scale_log2, true);
+    online_softmax<Element>(acc_s, rows, bias, p, rescale, params.softmax_scale_log2, true);
   }
 
   // S of the next block, and P V of the block before: S is there at the end, P V still reads old_p and writes acc_o.
@@ -385,9 +378,9 @@ CUTLASS_FA_DEVICE void attend(Consumer& self, SharedStorage& shared, Params cons
     float acc_s[kTileN / 2];
     start_products(acc_s, p);
     finish_pv(p);
-    subtract_block_bias(acc_s, block);
+    add_bias(acc_s, block);
     if (block >= unmasked_end) { mask_block(acc_s, block); }
-    if (online_softmax<Element>(acc_s, rows, p, rescale, params.softmax_scale_log2)) { rescale_rows(acc_o, rescale); }
+    if (online_softmax<Element>(acc_s, rows, bias, p, rescale, params.softmax_scale_log2)) { rescale_rows(acc_o, rescale); }
   };
 #pragma unroll 1
   for (; n_block >= unmasked_end; --n_block) { step(n_block); }
@@ -395,8 +388,8 @@ CUTLASS_FA_DEVICE void attend(Consumer& self, SharedStorage& shared, Params cons
   auto overlapped_step = [&](uint32_t(&old_p)[kTileN / 4], uint32_t(&new_p)[kTileN / 4]) {
     float acc_s[kTileN / 2];
     start_products(acc_s, old_p);
-    subtract_block_bias(acc_s, n_block);
-    bool const moved = online_softmax<Element>(acc_s, rows, new_p, rescale, params.softmax_scale_log2);
+    add_bias(acc_s, n_block);
+    bool const moved = online_softmax<Element>(acc_s, rows, bias, new_p, rescale, params.softmax_scale_log2);
     finish_pv(old_p);
     if (moved) { rescale_rows(acc_o, rescale); }
     pin_registers(new_p);
@@ -427,9 +420,9 @@ CUTLASS_FA_DEVICE void consume(SharedStorage& shared, Params const& params, int 
     Tile const tile = tile_of(params, index);
     float acc_o[kHeadDim / 2] = {};  // 2 rows x kHeadDim / 4 columns of this thread
     SoftmaxRows rows = empty_rows();
-    int n_block = n_block_end(params, (tile.m_block + 1) * kQueriesPerTile) - 1;
+    int n_block = n_block_end(params, tile.first_query + kQueriesPerTile) - 1;
     if (n_block >= 0) {
-      int const own_end = is_row(params, tile, warpgroup * 64) ? n_block_end(params, query_of(tile, warpgroup * 64 + 63) + 1) : 0;
+      int const own_end = query_of(tile, warpgroup * 64 + 63) >= 0 ? n_block_end(params, query_of(tile, warpgroup * 64 + 63) + 1) : 0;
       shared.q_full[self.q_pipe.stage()].wait(self.q_pipe.parity());
       for (; n_block >= own_end; --n_block) { skip_block(self, shared); }
       if (n_block >= 0) {

@@ -20,6 +20,7 @@ using namespace cutlass_fa;
 using Element = bfloat16;
 
 constexpr int kTileM = 128;  // rows of a CTA's tile, 64 for each consumer warpgroup
+constexpr int kQueriesPerTile = 32;  // of each head in it
 constexpr int kTileN = 128;  // keys of a block
 constexpr int kHeadDim = 128;
 constexpr int kStages = 2;   // key blocks in flight, K and V each
@@ -65,13 +66,13 @@ static_assert(sizeof(Params) == 88, "params.py packs another layout");
 
 // One CTA's piece of work: kTileM rows of one head of one sequence.
 struct Tile {
-  int m_block;
-  int head;  // of params.num_heads_kv
+  int first_query;  // rows of no query are below 0, or from seqlen_q on
+  int head;         // of params.num_heads_kv
   int batch;
 };
 
 // Heavy tiles first (the last query rows see the most keys), so that the light ones fill the gaps at the end. Heads go in sections
-// whose K and V stay in the L2 cache while all query blocks of the section pass.
+// whose K and V stay in the L2 cache while all query blocks of the section pass. The last tile ends with the last query.
 CUTLASS_FA_DEVICE Tile tile_of(Params const& params, int index) {
   int const num_heads_total = params.batch * params.num_heads_kv;
   int const section = index / (params.heads_per_section * params.num_m_blocks);
@@ -81,7 +82,7 @@ CUTLASS_FA_DEVICE Tile tile_of(Params const& params, int index) {
   int const row_of_tiles = index_in_section / heads;
   int const batch_head = first_head + index_in_section - row_of_tiles * heads;
   int const batch = batch_head / params.num_heads_kv;
-  return {params.num_m_blocks - 1 - row_of_tiles, batch_head - batch * params.num_heads_kv, batch};
+  return {params.seqlen_q - (row_of_tiles + 1) * kQueriesPerTile, batch_head - batch * params.num_heads_kv, batch};
 }
 
 // A CTA starts with the tile of its own index and takes the others from a counter in global memory, so that no CTA idles while tiles
@@ -105,17 +106,16 @@ static_assert(sizeof(SharedStorage) == 197632, "cell.py computes another size");
 
 // The kGqaRatio query heads of one key head share a tile: row r is head r % kGqaRatio of query r / kGqaRatio.
 constexpr int kGqaRatio = 4;
-constexpr int kQueriesPerTile = kTileM / kGqaRatio;
-CUTLASS_FA_DEVICE int query_of(Tile const& tile, int row) { return tile.m_block * kQueriesPerTile + row / kGqaRatio; }
+CUTLASS_FA_DEVICE int query_of(Tile const& tile, int row) { return tile.first_query + row / kGqaRatio; }
 CUTLASS_FA_DEVICE int head_of(Tile const& tile, int row) { return tile.head * kGqaRatio + row % kGqaRatio; }
 CUTLASS_FA_DEVICE int kv_head_of(Params const&, Tile const& tile) { return tile.head; }
 // Whether a row exists at all: the last kTileM % kGqaRatio rows of a tile do not.
 CUTLASS_FA_DEVICE bool is_row(Params const& params, Tile const& tile, int row) {
-  return row < kQueriesPerTile * kGqaRatio && query_of(tile, row) < params.seqlen_q;
+  return row < kQueriesPerTile * kGqaRatio && static_cast<unsigned>(query_of(tile, row)) < static_cast<unsigned>(params.seqlen_q);
 }
 constexpr int kQBytesPerChunk = kQueriesPerTile * kGqaRatio * 128;  // of the rows that exist
 CUTLASS_FA_DEVICE void load_q_chunk(TensorMap const& map, Mbarrier& full, char* destination, int column, Tile const& tile) {
-  tma_load(map, full, CacheHint::kEvictFirst, destination, column, 0, tile.m_block * kQueriesPerTile, tile.head, tile.batch);
+  tma_load(map, full, CacheHint::kEvictFirst, destination, column, 0, tile.first_query, tile.head, tile.batch);
 }
 // A tile's rows of Q, a chunk of columns at a time.
 CUTLASS_FA_DEVICE void load_q(TensorMap const& map, Mbarrier& full, char* destination, Tile const& tile) {
@@ -214,7 +214,7 @@ CUTLASS_FA_DEVICE void produce(SharedStorage& shared, TensorMap const& map_q, Te
       load_kv(map_v, shared.v_full[v_pipe.stage()], shared.v[v_pipe.stage()], n_block, kv_head, tile.batch);
       v_pipe.advance();
     };
-    int const last_block = n_block_end(params, (tile.m_block + 1) * kQueriesPerTile) - 1;
+    int const last_block = n_block_end(params, tile.first_query + kQueriesPerTile) - 1;
     if (last_block >= 0) {
       shared.q_empty[q_pipe.stage()].wait(q_pipe.parity() ^ 1);
       load_q(map_q, shared.q_full[q_pipe.stage()], shared.q[q_pipe.stage()], tile);
@@ -392,9 +392,9 @@ CUTLASS_FA_DEVICE void consume(SharedStorage& shared, Params const& params, int 
     Tile const tile = tile_of(params, index);
     float acc_o[kHeadDim / 2] = {};  // 2 rows x kHeadDim / 4 columns of this thread
     SoftmaxRows rows = empty_rows();
-    int n_block = n_block_end(params, (tile.m_block + 1) * kQueriesPerTile) - 1;
+    int n_block = n_block_end(params, tile.first_query + kQueriesPerTile) - 1;
     if (n_block >= 0) {
-      int const own_end = is_row(params, tile, warpgroup * 64) ? n_block_end(params, query_of(tile, warpgroup * 64 + 63) + 1) : 0;
+      int const own_end = query_of(tile, warpgroup * 64 + 63) >= 0 ? n_block_end(params, query_of(tile, warpgroup * 64 + 63) + 1) : 0;
       shared.q_full[self.q_pipe.stage()].wait(self.q_pipe.parity());
       for (; n_block >= own_end; --n_block) { skip_block(self, shared); }
       if (n_block >= 0) {

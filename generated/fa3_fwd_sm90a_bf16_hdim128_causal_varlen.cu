@@ -21,6 +21,7 @@ using namespace cutlass_fa;
 using Element = bfloat16;
 
 constexpr int kTileM = 128;  // rows of a CTA's tile, 64 for each consumer warpgroup
+constexpr int kQueriesPerTile = 128;  // of each head in it
 constexpr int kTileN = 128;  // keys of a block
 constexpr int kHeadDim = 128;
 constexpr int kStages = 2;   // key blocks in flight, K and V each
@@ -71,9 +72,9 @@ static_assert(sizeof(Params) == 128, "params.py packs another layout");
 
 // One CTA's piece of work: kTileM rows of one head of one sequence, and where the sequence lies in the packed arrays.
 struct Tile {
-  int m_block;
-  int head;   // of params.num_heads_q
-  int batch;  // the sequence; params.batch: rows that belong to none
+  int first_query;  // of the sequence; -1: no tile
+  int head;         // of params.num_heads_q
+  int batch;        // the sequence; params.batch: rows that belong to none
   Sequence queries, keys;
 };
 
@@ -89,7 +90,7 @@ CUTLASS_FA_DEVICE Tile tile_of(Params const& params, int index) {
   int const index_in_section = index - first_head * num_blocks;
   int const place = index_in_section / heads;
   SequenceBlock const block = block_of(params.tile_list, place);
-  return {block.block, first_head + index_in_section - place * heads, block.sequence,
+  return {block.block * kQueriesPerTile, first_head + index_in_section - place * heads, block.sequence,
           sequence_of(params.cu_seqlens_q, params.seqused_q, params.batch, params.total_q, block.sequence),
           sequence_of(params.cu_seqlens_k, params.seqused_k, params.batch, params.total_k, block.sequence)};
 }
@@ -114,14 +115,15 @@ struct SharedStorage {
 static_assert(sizeof(SharedStorage) == 197632, "cell.py computes another size");
 
 // A tile's rows are queries of one head.
-constexpr int kQueriesPerTile = kTileM;
-CUTLASS_FA_DEVICE int query_of(Tile const& tile, int row) { return tile.m_block * kTileM + row; }
+CUTLASS_FA_DEVICE int query_of(Tile const& tile, int row) { return tile.first_query + row; }
 CUTLASS_FA_DEVICE int head_of(Tile const& tile, int) { return tile.head; }
 CUTLASS_FA_DEVICE int kv_head_of(Params const& params, Tile const& tile) { return tile.head / params.heads_per_kv_head; }
-CUTLASS_FA_DEVICE bool is_row(Params const& params, Tile const& tile, int row) { return query_of(tile, row) < params.seqlen_q; }
+CUTLASS_FA_DEVICE bool is_row(Params const& params, Tile const& tile, int row) {
+  return static_cast<unsigned>(query_of(tile, row)) < static_cast<unsigned>(params.seqlen_q);  // and is not below 0
+}
 constexpr int kQBytesPerChunk = kTileM * 128;
 CUTLASS_FA_DEVICE void load_q_chunk(TensorMap const& map, Mbarrier& full, char* destination, int column, Tile const& tile) {
-  tma_load(map, full, CacheHint::kEvictFirst, destination, column, tile.queries.first + tile.m_block * kTileM, tile.head, 0);
+  tma_load(map, full, CacheHint::kEvictFirst, destination, column, tile.queries.first + tile.first_query, tile.head, 0);
 }
 // A tile's rows of Q, a chunk of columns at a time.
 CUTLASS_FA_DEVICE void load_q(TensorMap const& map, Mbarrier& full, char* destination, Tile const& tile) {
@@ -136,7 +138,7 @@ CUTLASS_FA_DEVICE void load_q(TensorMap const& map, Mbarrier& full, char* destin
 CUTLASS_FA_DEVICE Params params_of(Params const& all, Tile const& tile) {
   Params params = all;
   params.seqlen_q = tile.queries.used;
-  params.seqlen_k = tile.m_block * kQueriesPerTile < tile.queries.used ? tile.keys.used : 0;  // rows that are not used see no keys
+  params.seqlen_k = tile.first_query < tile.queries.used ? tile.keys.used : 0;  // rows that are not used see no keys
   params.o = static_cast<Element*>(params.o) + tile.queries.first * params.o_stride_row;
   if (params.lse != nullptr) { params.lse += tile.queries.first; }
   return params;
@@ -227,7 +229,7 @@ CUTLASS_FA_DEVICE void schedule(SharedStorage& shared, Params const& params) {
   int const num_tiles = tile_count(params);
   for (int index = block_index(); index < num_tiles; index = take_tile(params, num_tiles)) { shared.tiles.put(pipe, tile_of(params, index)); }
   Tile none = {};
-  none.m_block = -1;
+  none.first_query = -1;
   shared.tiles.put(pipe, none);
 }
 
@@ -235,7 +237,7 @@ CUTLASS_FA_DEVICE void produce(SharedStorage& shared, TensorMap const& map_q, Te
   PipelineState<kStages> k_pipe, v_pipe;
   PipelineState<kQStages> q_pipe;
   PipelineState<1> tile_pipe;
-  for (Tile tile = shared.tiles.get_alone(tile_pipe); tile.m_block >= 0; tile = shared.tiles.get_alone(tile_pipe)) {
+  for (Tile tile = shared.tiles.get_alone(tile_pipe); tile.first_query >= 0; tile = shared.tiles.get_alone(tile_pipe)) {
     Params const params = params_of(all, tile);
     int const kv_head = kv_head_of(params, tile);
     auto load_k = [&](int n_block) {
@@ -248,7 +250,7 @@ CUTLASS_FA_DEVICE void produce(SharedStorage& shared, TensorMap const& map_q, Te
       load_kv(map_v, shared.v_full[v_pipe.stage()], shared.v[v_pipe.stage()], n_block, kv_head, tile.keys);
       v_pipe.advance();
     };
-    int const last_block = n_block_end(params, (tile.m_block + 1) * kQueriesPerTile) - 1;
+    int const last_block = n_block_end(params, tile.first_query + kQueriesPerTile) - 1;
     if (last_block >= 0) {
       shared.q_empty[q_pipe.stage()].wait(q_pipe.parity() ^ 1);
       load_q(map_q, shared.q_full[q_pipe.stage()], shared.q[q_pipe.stage()], tile);
@@ -419,11 +421,11 @@ CUTLASS_FA_DEVICE void attend(Consumer& self, SharedStorage& shared, Params cons
 CUTLASS_FA_DEVICE void consume(SharedStorage& shared, Params const& all, int warpgroup) {
   Consumer self = make_consumer(warpgroup);
   if (warpgroup == kConsumers - 1) { pass_turn(warpgroup); }  // the first turn is warpgroup 0's
-  for (Tile tile = shared.tiles.get(self.tile_pipe); tile.m_block >= 0;) {
+  for (Tile tile = shared.tiles.get(self.tile_pipe); tile.first_query >= 0;) {
     Params const params = params_of(all, tile);
     float acc_o[kHeadDim / 2] = {};  // 2 rows x kHeadDim / 4 columns of this thread
     SoftmaxRows rows = empty_rows();
-    int n_block = n_block_end(params, (tile.m_block + 1) * kQueriesPerTile) - 1;
+    int n_block = n_block_end(params, tile.first_query + kQueriesPerTile) - 1;
     if (n_block >= 0) {
       int const own_end = is_row(params, tile, warpgroup * 64) ? n_block_end(params, query_of(tile, warpgroup * 64 + 63) + 1) : 0;
       shared.q_full[self.q_pipe.stage()].wait(self.q_pipe.parity());

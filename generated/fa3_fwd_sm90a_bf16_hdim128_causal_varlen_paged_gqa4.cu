@@ -22,6 +22,7 @@ using namespace cutlass_fa;
 using Element = bfloat16;
 
 constexpr int kTileM = 128;  // rows of a CTA's tile, 64 for each consumer warpgroup
+constexpr int kQueriesPerTile = 32;  // of each head in it
 constexpr int kTileN = 128;  // keys of a block
 constexpr int kHeadDim = 128;
 constexpr int kStages = 2;   // key blocks in flight, K and V each
@@ -81,9 +82,9 @@ static_assert(sizeof(Params) == 176, "params.py packs another layout");
 
 // One CTA's piece of work: kTileM rows of one head of one sequence, and where the sequence lies in the packed arrays.
 struct Tile {
-  int m_block;
-  int head;   // of params.num_heads_kv
-  int batch;  // the sequence; params.batch: rows that belong to none
+  int first_query;  // of the sequence; -1: no tile
+  int head;         // of params.num_heads_kv
+  int batch;        // the sequence; params.batch: rows that belong to none
   Sequence queries, keys;
 };
 
@@ -114,7 +115,7 @@ CUTLASS_FA_DEVICE Tile tile_of(Params const& params, int index) {
   int const index_in_section = index - first_head * num_blocks;
   int const place = index_in_section / heads;
   SequenceBlock const block = block_of(params.tile_list, place);
-  return {block.block, first_head + index_in_section - place * heads, block.sequence,
+  return {block.block * kQueriesPerTile, first_head + index_in_section - place * heads, block.sequence,
           sequence_of(params.cu_seqlens_q, params.seqused_q, params.batch, params.total_q, block.sequence),
           cached_keys(params, block.sequence)};
 }
@@ -140,17 +141,16 @@ static_assert(sizeof(SharedStorage) == 197632, "cell.py computes another size");
 
 // The kGqaRatio query heads of one key head share a tile: row r is head r % kGqaRatio of query r / kGqaRatio.
 constexpr int kGqaRatio = 4;
-constexpr int kQueriesPerTile = kTileM / kGqaRatio;
-CUTLASS_FA_DEVICE int query_of(Tile const& tile, int row) { return tile.m_block * kQueriesPerTile + row / kGqaRatio; }
+CUTLASS_FA_DEVICE int query_of(Tile const& tile, int row) { return tile.first_query + row / kGqaRatio; }
 CUTLASS_FA_DEVICE int head_of(Tile const& tile, int row) { return tile.head * kGqaRatio + row % kGqaRatio; }
 CUTLASS_FA_DEVICE int kv_head_of(Params const&, Tile const& tile) { return tile.head; }
 // Whether a row exists at all: the last kTileM % kGqaRatio rows of a tile do not.
 CUTLASS_FA_DEVICE bool is_row(Params const& params, Tile const& tile, int row) {
-  return row < kQueriesPerTile * kGqaRatio && query_of(tile, row) < params.seqlen_q;
+  return row < kQueriesPerTile * kGqaRatio && static_cast<unsigned>(query_of(tile, row)) < static_cast<unsigned>(params.seqlen_q);
 }
 constexpr int kQBytesPerChunk = kQueriesPerTile * kGqaRatio * 128;  // of the rows that exist
 CUTLASS_FA_DEVICE void load_q_chunk(TensorMap const& map, Mbarrier& full, char* destination, int column, Tile const& tile) {
-  tma_load(map, full, CacheHint::kEvictFirst, destination, column, 0, tile.queries.first + tile.m_block * kQueriesPerTile, tile.head, 0);
+  tma_load(map, full, CacheHint::kEvictFirst, destination, column, 0, tile.queries.first + tile.first_query, tile.head, 0);
 }
 // A tile's rows of Q, a chunk of columns at a time.
 CUTLASS_FA_DEVICE void load_q(TensorMap const& map, Mbarrier& full, char* destination, Tile const& tile) {
@@ -165,7 +165,7 @@ CUTLASS_FA_DEVICE void load_q(TensorMap const& map, Mbarrier& full, char* destin
 CUTLASS_FA_DEVICE Params params_of(Params const& all, Tile const& tile) {
   Params params = all;
   params.seqlen_q = tile.queries.used;
-  params.seqlen_k = tile.m_block * kQueriesPerTile < tile.queries.used ? tile.keys.used : 0;  // rows that are not used see no keys
+  params.seqlen_k = tile.first_query < tile.queries.used ? tile.keys.used : 0;  // rows that are not used see no keys
   params.o = static_cast<Element*>(params.o) + tile.queries.first * params.o_stride_row;
   if (params.lse != nullptr) { params.lse += tile.queries.first; }
   return params;
@@ -267,7 +267,7 @@ CUTLASS_FA_DEVICE void schedule(SharedStorage& shared, Params const& params) {
   int const num_tiles = tile_count(params);
   for (int index = block_index(); index < num_tiles; index = take_tile(params, num_tiles)) { shared.tiles.put(pipe, tile_of(params, index)); }
   Tile none = {};
-  none.m_block = -1;
+  none.first_query = -1;
   shared.tiles.put(pipe, none);
 }
 
@@ -275,7 +275,7 @@ CUTLASS_FA_DEVICE void produce(SharedStorage& shared, TensorMap const& map_q, Te
   PipelineState<kStages> k_pipe, v_pipe;
   PipelineState<kQStages> q_pipe;
   PipelineState<1> tile_pipe;
-  for (Tile tile = shared.tiles.get(tile_pipe); tile.m_block >= 0; tile = shared.tiles.get(tile_pipe)) {
+  for (Tile tile = shared.tiles.get(tile_pipe); tile.first_query >= 0; tile = shared.tiles.get(tile_pipe)) {
     Params const params = params_of(all, tile);
     int const kv_head = kv_head_of(params, tile);
     auto load_k = [&](PageRows const& rows) {
@@ -288,7 +288,7 @@ CUTLASS_FA_DEVICE void produce(SharedStorage& shared, TensorMap const& map_q, Te
       load_kv(map_v, shared.v_full[v_pipe.stage()], shared.v[v_pipe.stage()], rows, kv_head, params, {params.v_page_step, params.v_row_step});
       v_pipe.advance();
     };
-    int const last_block = n_block_end(params, (tile.m_block + 1) * kQueriesPerTile) - 1;
+    int const last_block = n_block_end(params, tile.first_query + kQueriesPerTile) - 1;
     if (last_block < 0) { continue; }
     auto find_rows = [&](int n_block) { return page_rows(params, tile, n_block); };
     PageRows next = find_rows(last_block), before = next;
@@ -463,11 +463,11 @@ CUTLASS_FA_DEVICE void attend(Consumer& self, SharedStorage& shared, Params cons
 CUTLASS_FA_DEVICE void consume(SharedStorage& shared, Params const& all, int warpgroup) {
   Consumer self = make_consumer(warpgroup);
   if (warpgroup == kConsumers - 1) { pass_turn(warpgroup); }  // the first turn is warpgroup 0's
-  for (Tile tile = shared.tiles.get(self.tile_pipe); tile.m_block >= 0;) {
+  for (Tile tile = shared.tiles.get(self.tile_pipe); tile.first_query >= 0;) {
     Params const params = params_of(all, tile);
     float acc_o[kHeadDim / 2] = {};  // 2 rows x kHeadDim / 4 columns of this thread
     SoftmaxRows rows = empty_rows();
-    int n_block = n_block_end(params, (tile.m_block + 1) * kQueriesPerTile) - 1;
+    int n_block = n_block_end(params, tile.first_query + kQueriesPerTile) - 1;
     if (n_block >= 0) {
       int const own_end = is_row(params, tile, warpgroup * 64) ? n_block_end(params, query_of(tile, warpgroup * 64 + 63) + 1) : 0;
       shared.q_full[self.q_pipe.stage()].wait(self.q_pipe.parity());

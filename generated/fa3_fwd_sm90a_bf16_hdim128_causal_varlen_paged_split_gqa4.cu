@@ -22,6 +22,7 @@ using namespace cutlass_fa;
 using Element = bfloat16;
 
 constexpr int kTileM = 64;  // rows of a CTA's tile, 64 for each consumer warpgroup
+constexpr int kQueriesPerTile = 16;  // of each head in it
 constexpr int kTileN = 128;  // keys of a block
 constexpr int kHeadDim = 128;
 constexpr int kStages = 3;   // key blocks in flight, K and V each
@@ -97,9 +98,9 @@ CUTLASS_FA_DEVICE int page_of(Params const& params, int sequence, int index) {
 
 // One CTA's piece of work: kTileM rows of one head of one sequence and some of the key blocks that they see.
 struct Tile {
-  int m_block;
-  int head;   // of params.num_heads_kv
-  int batch;  // the sequence; params.batch: rows that belong to none
+  int first_query;  // of the sequence; -1: no tile
+  int head;         // of params.num_heads_kv
+  int batch;        // the sequence; params.batch: rows that belong to none
   Sequence queries, keys;
   Part own;
 };
@@ -118,17 +119,16 @@ static_assert(sizeof(SharedStorage) == 230400, "cell.py computes another size");
 
 // The kGqaRatio query heads of one key head share a tile: row r is head r % kGqaRatio of query r / kGqaRatio.
 constexpr int kGqaRatio = 4;
-constexpr int kQueriesPerTile = kTileM / kGqaRatio;
-CUTLASS_FA_DEVICE int query_of(Tile const& tile, int row) { return tile.m_block * kQueriesPerTile + row / kGqaRatio; }
+CUTLASS_FA_DEVICE int query_of(Tile const& tile, int row) { return tile.first_query + row / kGqaRatio; }
 CUTLASS_FA_DEVICE int head_of(Tile const& tile, int row) { return tile.head * kGqaRatio + row % kGqaRatio; }
 CUTLASS_FA_DEVICE int kv_head_of(Params const&, Tile const& tile) { return tile.head; }
 // Whether a row exists at all: the last kTileM % kGqaRatio rows of a tile do not.
 CUTLASS_FA_DEVICE bool is_row(Params const& params, Tile const& tile, int row) {
-  return row < kQueriesPerTile * kGqaRatio && query_of(tile, row) < params.seqlen_q;
+  return row < kQueriesPerTile * kGqaRatio && static_cast<unsigned>(query_of(tile, row)) < static_cast<unsigned>(params.seqlen_q);
 }
 constexpr int kQBytesPerChunk = kQueriesPerTile * kGqaRatio * 128;  // of the rows that exist
 CUTLASS_FA_DEVICE void load_q_chunk(TensorMap const& map, Mbarrier& full, char* destination, int column, Tile const& tile) {
-  tma_load(map, full, CacheHint::kEvictFirst, destination, column, 0, tile.queries.first + tile.m_block * kQueriesPerTile, tile.head, 0);
+  tma_load(map, full, CacheHint::kEvictFirst, destination, column, 0, tile.queries.first + tile.first_query, tile.head, 0);
 }
 // A tile's rows of Q, a chunk of columns at a time.
 CUTLASS_FA_DEVICE void load_q(TensorMap const& map, Mbarrier& full, char* destination, Tile const& tile) {
@@ -143,7 +143,7 @@ CUTLASS_FA_DEVICE void load_q(TensorMap const& map, Mbarrier& full, char* destin
 CUTLASS_FA_DEVICE Params params_of(Params const& all, Tile const& tile) {
   Params params = all;
   params.seqlen_q = tile.queries.used;
-  params.seqlen_k = tile.m_block * kQueriesPerTile < tile.queries.used ? tile.keys.used : 0;  // rows that are not used see no keys
+  params.seqlen_k = tile.first_query < tile.queries.used ? tile.keys.used : 0;  // rows that are not used see no keys
   params.o = static_cast<Element*>(params.o) + tile.queries.first * params.o_stride_row;
   if (params.lse != nullptr) { params.lse += tile.queries.first; }
   return params;
@@ -242,7 +242,7 @@ CUTLASS_FA_DEVICE void store_o(Params const& params, Tile const& tile, int row_i
 // How many blocks of keys a tile sees.
 CUTLASS_FA_DEVICE int blocks_seen(Params const& all, Tile const& tile) {
   Params const params = params_of(all, tile);
-  return n_block_end(params, (tile.m_block + 1) * kQueriesPerTile);
+  return n_block_end(params, tile.first_query + kQueriesPerTile);
 }
 
 CUTLASS_FA_DEVICE Tile first_tile(Params const& params, int sequence, int head) {
@@ -253,13 +253,14 @@ CUTLASS_FA_DEVICE Tile first_tile(Params const& params, int sequence, int head) 
 // A warp finds this CTA's parts of tiles (shares.cuh), one ahead of those who work on them.
 CUTLASS_FA_DEVICE void schedule(SharedStorage& shared, Params const& params) {
   PipelineState<1> pipe;
-  auto put = [&](Tile const& tile) {
+  auto put = [&](Tile tile, Part const& own) {
+    tile.own = own;
     if (thread_index() % kWarpSize == 0) { shared.tiles.put(pipe, tile); }
   };
   auto blocks_of = [&](int sequence) {  // sequence params.batch: the rows that belong to none
     if (sequence > params.batch) { return 0; }
     int blocks = 0;
-    for (Tile tile = first_tile(params, sequence, 0); tile.m_block * kQueriesPerTile < tile.queries.rows; ++tile.m_block) {
+    for (Tile tile = first_tile(params, sequence, 0); tile.first_query < tile.queries.rows; tile.first_query += kQueriesPerTile) {
       blocks += max(blocks_seen(params, tile), 1);
     }
     return blocks * params.num_heads_kv;
@@ -273,18 +274,13 @@ CUTLASS_FA_DEVICE void schedule(SharedStorage& shared, Params const& params) {
     int seen = blocks_seen(params, tile), at = place.at + head * blocks_of_head;
     while (at + max(seen, 1) <= position) {
       at += max(seen, 1);
-      ++tile.m_block;
+      tile.first_query += kQueriesPerTile;
       seen = blocks_seen(params, tile);
     }
     position = at + max(seen, 1);
-    for_each_part(share, at, max(seen, 1), seen, params.num_splits, [&](Part const& part) {
-      tile.own = part;
-      put(tile);
-    });
+    for_each_part(share, at, max(seen, 1), seen, params.num_splits, [&](Part const& own) { put(tile, own); });
   }
-  Tile none = {};
-  none.m_block = -1;
-  put(none);
+  put(Tile{-1}, Part{});
 }
 
 constexpr int kResultThreads = 128;  // those that hold a tile's result
@@ -294,7 +290,7 @@ CUTLASS_FA_DEVICE int64_t place_of(Params const& params, Tile const& tile, int p
   int const first_cta = tile.own.first_cta;
   if (params.num_splits == 0) { return static_cast<int64_t>(part == 0 ? grid_size() + first_cta : first_cta + part) * kTileM; }
   int64_t const head = static_cast<int64_t>(part) * params.num_heads_kv + tile.head;
-  return (head * params.total_q + tile.queries.first + tile.m_block * kQueriesPerTile) * 4;
+  return (head * params.total_q + tile.queries.first + tile.first_query) * 4;
 }
 
 // O and lse of the tile's rows from its parts; each thread writes four columns of one row at a time.
@@ -323,7 +319,7 @@ CUTLASS_FA_DEVICE void produce(SharedStorage& shared, TensorMap const& map_q, Te
   PipelineState<kStages> k_pipe, v_pipe;
   PipelineState<kQStages> q_pipe;
   PipelineState<1> tile_pipe;
-  for (Tile tile = shared.tiles.get(tile_pipe); tile.m_block >= 0; tile = shared.tiles.get(tile_pipe)) {
+  for (Tile tile = shared.tiles.get(tile_pipe); tile.first_query >= 0; tile = shared.tiles.get(tile_pipe)) {
     Params const params = params_of(all, tile);
     int const kv_head = kv_head_of(params, tile);
     auto load_k = [&](PageRows const& rows) {
@@ -468,7 +464,7 @@ CUTLASS_FA_DEVICE void attend(Consumer& self, SharedStorage& shared, Params cons
 
 CUTLASS_FA_DEVICE void consume(SharedStorage& shared, Params const& all, int warpgroup) {
   Consumer self = make_consumer(warpgroup);
-  for (Tile tile = shared.tiles.get(self.tile_pipe); tile.m_block >= 0; tile = shared.tiles.get(self.tile_pipe)) {
+  for (Tile tile = shared.tiles.get(self.tile_pipe); tile.first_query >= 0; tile = shared.tiles.get(self.tile_pipe)) {
     Params const params = params_of(all, tile);
     float acc_o[kHeadDim / 2] = {};  // 2 rows x kHeadDim / 4 columns of this thread
     SoftmaxRows rows = empty_rows();

@@ -4,6 +4,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include <cutlass_fa/accumulator_rows.cuh>
 #include <cutlass_fa/base.cuh>
+#include <cutlass_fa/biased_softmax.cuh>
 #include <cutlass_fa/math.cuh>
 #include <cutlass_fa/mbarrier.cuh>
 #include <cutlass_fa/named_barrier.cuh>
@@ -23,6 +24,7 @@ using namespace cutlass_fa;
 using Element = bfloat16;
 
 constexpr int kTileM = 64;  // rows of a CTA's tile, 64 for each consumer warpgroup
+constexpr int kQueriesPerTile = 64;  // of each head in it
 constexpr int kTileN = 128;  // keys of a block
 constexpr int kHeadDim = 64;
 constexpr int kStages = 6;   // key blocks in flight, K and V each
@@ -104,9 +106,9 @@ CUTLASS_FA_DEVICE int page_of(Params const& params, int sequence, int index) {
 
 // One CTA's piece of work: kTileM rows of one head of one sequence and some of the key blocks that they see.
 struct Tile {
-  int m_block;
-  int head;   // of params.num_heads_q
-  int batch;  // the sequence; params.batch: rows that belong to none
+  int first_query;  // of the sequence; -1: no tile
+  int head;         // of params.num_heads_q
+  int batch;        // the sequence; params.batch: rows that belong to none
   Sequence queries, keys;
   Part own;
 };
@@ -124,14 +126,15 @@ struct SharedStorage {
 static_assert(sizeof(SharedStorage) == 214016, "cell.py computes another size");
 
 // A tile's rows are queries of one head.
-constexpr int kQueriesPerTile = kTileM;
-CUTLASS_FA_DEVICE int query_of(Tile const& tile, int row) { return tile.m_block * kTileM + row; }
+CUTLASS_FA_DEVICE int query_of(Tile const& tile, int row) { return tile.first_query + row; }
 CUTLASS_FA_DEVICE int head_of(Tile const& tile, int) { return tile.head; }
 CUTLASS_FA_DEVICE int kv_head_of(Params const& params, Tile const& tile) { return tile.head / params.heads_per_kv_head; }
-CUTLASS_FA_DEVICE bool is_row(Params const& params, Tile const& tile, int row) { return query_of(tile, row) < params.seqlen_q; }
+CUTLASS_FA_DEVICE bool is_row(Params const& params, Tile const& tile, int row) {
+  return static_cast<unsigned>(query_of(tile, row)) < static_cast<unsigned>(params.seqlen_q);  // and is not below 0
+}
 constexpr int kQBytesPerChunk = kTileM * 128;
 CUTLASS_FA_DEVICE void load_q_chunk(TensorMap const& map, Mbarrier& full, char* destination, int column, Tile const& tile) {
-  tma_load(map, full, CacheHint::kEvictFirst, destination, column, tile.queries.first + tile.m_block * kTileM, tile.head, 0);
+  tma_load(map, full, CacheHint::kEvictFirst, destination, column, tile.queries.first + tile.first_query, tile.head, 0);
 }
 // A tile's rows of Q, a chunk of columns at a time.
 CUTLASS_FA_DEVICE void load_q(TensorMap const& map, Mbarrier& full, char* destination, Tile const& tile) {
@@ -146,7 +149,7 @@ CUTLASS_FA_DEVICE void load_q(TensorMap const& map, Mbarrier& full, char* destin
 CUTLASS_FA_DEVICE Params params_of(Params const& all, Tile const& tile) {
   Params params = all;
   params.seqlen_q = tile.queries.used;
-  params.seqlen_k = tile.m_block * kQueriesPerTile < tile.queries.used ? tile.keys.used : 0;  // rows that are not used see no keys
+  params.seqlen_k = tile.first_query < tile.queries.used ? tile.keys.used : 0;  // rows that are not used see no keys
   params.sink_tokens = min(params.sink_tokens, params.seqlen_k);
   params.o = static_cast<float*>(params.o) + tile.queries.first * params.o_stride_row;
   if (params.lse != nullptr) { params.lse += tile.queries.first; }
@@ -187,7 +190,7 @@ struct KeyBlocks {
 };
 
 CUTLASS_FA_DEVICE KeyBlocks key_blocks(Params const& params, Tile const& tile) {
-  int const first_query = query_of(tile, 0), query_end = min((tile.m_block + 1) * kQueriesPerTile, params.seqlen_q);
+  int const first_query = query_of(tile, 0), query_end = min(tile.first_query + kQueriesPerTile, params.seqlen_q);
   int const unmasked_end = max(key_end(params, first_query), 0) / kTileN;
   int const unmasked_begin = (key_begin(params, query_end - 1) + kTileN - 1) / kTileN;
   int const begin = key_begin(params, first_query) / kTileN;
@@ -228,19 +231,9 @@ CUTLASS_FA_DEVICE float bias_slope(Params const& params, int batch, int head) {
 // Of a key `column` columns after one that is `distance` before the position. Keys that are seen are not after it: no absolute value is needed.
 CUTLASS_FA_DEVICE float bias_of(float slope, float distance, int column) { return slope * distance - slope * static_cast<float>(column); }
 
-// acc_s <- acc_s - bias, before the mask. distance: from this thread's first column to the position of its first row. Its second row is eight
-// below, and as far from the columns that are eight further on.
-CUTLASS_FA_DEVICE void subtract_bias(float (&acc_s)[kTileN / 2], float slope, int distance) {
-  float const first = static_cast<float>(distance);
-#pragma unroll
-  for (int j = -1; j < kTileN / 8; ++j) {
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      float const bias = bias_of(slope, first, 8 * j + c);
-      if (j >= 0) { acc_s[4 * j + c] -= bias; }
-      if (j + 1 < kTileN / 8) { acc_s[4 * (j + 1) + 2 + c] -= bias; }
-    }
-  }
+// Tells the softmax of a block's bias, which is linear in the key. distance: from this thread's first column to the position of its first row.
+CUTLASS_FA_DEVICE void set_bias(LinearBias& bias, float (&)[kTileN / 2], Params const&, float slope, int distance) {
+  bias.first = -bias_of(slope, static_cast<float>(distance), 0);
 }
 
 // This lane's keys of a block.
@@ -306,13 +299,14 @@ CUTLASS_FA_DEVICE Tile first_tile(Params const& params, int sequence, int head) 
 // A warp finds this CTA's parts of tiles (shares.cuh), one ahead of those who work on them.
 CUTLASS_FA_DEVICE void schedule(SharedStorage& shared, Params const& params) {
   PipelineState<1> pipe;
-  auto put = [&](Tile const& tile) {
+  auto put = [&](Tile tile, Part const& own) {
+    tile.own = own;
     if (thread_index() % kWarpSize == 0) { shared.tiles.put(pipe, tile); }
   };
   auto blocks_of = [&](int sequence) {  // sequence params.batch: the rows that belong to none
     if (sequence > params.batch) { return 0; }
     int blocks = 0;
-    for (Tile tile = first_tile(params, sequence, 0); tile.m_block * kQueriesPerTile < tile.queries.rows; ++tile.m_block) {
+    for (Tile tile = first_tile(params, sequence, 0); tile.first_query < tile.queries.rows; tile.first_query += kQueriesPerTile) {
       blocks += max(blocks_seen(params, tile), 1);
     }
     return blocks * params.num_heads_q;
@@ -326,18 +320,13 @@ CUTLASS_FA_DEVICE void schedule(SharedStorage& shared, Params const& params) {
     int seen = blocks_seen(params, tile), at = place.at + head * blocks_of_head;
     while (at + max(seen, 1) <= position) {
       at += max(seen, 1);
-      ++tile.m_block;
+      tile.first_query += kQueriesPerTile;
       seen = blocks_seen(params, tile);
     }
     position = at + max(seen, 1);
-    for_each_part(share, at, max(seen, 1), seen, params.num_splits, [&](Part const& part) {
-      tile.own = part;
-      put(tile);
-    });
+    for_each_part(share, at, max(seen, 1), seen, params.num_splits, [&](Part const& own) { put(tile, own); });
   }
-  Tile none = {};
-  none.m_block = -1;
-  put(none);
+  put(Tile{-1}, Part{});
 }
 
 constexpr int kResultThreads = 128;  // those that hold a tile's result
@@ -347,7 +336,7 @@ CUTLASS_FA_DEVICE int64_t place_of(Params const& params, Tile const& tile, int p
   int const first_cta = tile.own.first_cta;
   if (params.num_splits == 0) { return static_cast<int64_t>(part == 0 ? grid_size() + first_cta : first_cta + part) * kTileM; }
   int64_t const head = static_cast<int64_t>(part) * params.num_heads_q + tile.head;
-  return (head * params.total_q + tile.queries.first + tile.m_block * kQueriesPerTile) * 1;
+  return (head * params.total_q + tile.queries.first + tile.first_query) * 1;
 }
 
 // O and lse of the tile's rows from its parts; each thread writes four columns of one row at a time.
@@ -376,7 +365,7 @@ CUTLASS_FA_DEVICE void produce(SharedStorage& shared, TensorMap const& map_q, Te
   PipelineState<kStages> k_pipe, v_pipe;
   PipelineState<kQStages> q_pipe;
   PipelineState<1> tile_pipe;
-  for (Tile tile = shared.tiles.get(tile_pipe); tile.m_block >= 0; tile = shared.tiles.get(tile_pipe)) {
+  for (Tile tile = shared.tiles.get(tile_pipe); tile.first_query >= 0; tile = shared.tiles.get(tile_pipe)) {
     Params const params = params_of(all, tile);
     int const kv_head = kv_head_of(params, tile);
     KeyBlocks const blocks = key_blocks(params, tile);
@@ -473,11 +462,11 @@ CUTLASS_FA_DEVICE void attend(Consumer& self, SharedStorage& shared, Params cons
     apply_mask(acc_s, params, blocks.at(n_block) * kTileN + thread_index() % 4 * 2, query);
   };
 
-  int const row = self.row_in_tile;
-  float const slope = bias_slope(params, tile.batch, tile.head);
-  auto subtract_block_bias = [&](float(&acc_s)[kTileN / 2], int n_block) {
-    int const key = blocks.at(n_block) * kTileN + thread_index() % 4 * 2;
-    subtract_bias(acc_s, slope, position_of(params, query_of(tile, row)) - key);
+  float const slope = bias_slope(params, tile.batch, tile.head) * params.softmax_scale_log2;  // in exponents of 2
+  int const position = position_of(params, query_of(tile, self.row_in_tile)) - thread_index() % 4 * 2;  // counted from a block's first column
+  LinearBias bias = linear_bias(slope);
+  auto add_bias = [&](float(&acc_s)[kTileN / 2], int n_block) {
+    set_bias(bias, acc_s, params, slope, position - blocks.at(n_block) * kTileN);
   };
 
   {
@@ -487,9 +476,9 @@ CUTLASS_FA_DEVICE void attend(Consumer& self, SharedStorage& shared, Params cons
     wgmma_wait<0>();
     pin_registers(acc_s);
     release(self, shared.k_empty, self.k_pipe);
-    subtract_block_bias(acc_s, n_block);
+    add_bias(acc_s, n_block);
     mask_block(acc_s, n_block);
-    online_softmax<Element>(acc_s, rows, p, rescale, params.softmax_scale_log2, true);
+    online_softmax<Element>(acc_s, rows, bias, p, rescale, params.softmax_scale_log2, true);
   }
 
   // S of the next block, and P V of the block before: S is there at the end, P V still reads old_p and writes acc_o.
@@ -515,9 +504,9 @@ CUTLASS_FA_DEVICE void attend(Consumer& self, SharedStorage& shared, Params cons
     float acc_s[kTileN / 2];
     start_products(acc_s, p);
     finish_pv(p);
-    subtract_block_bias(acc_s, block);
+    add_bias(acc_s, block);
     if (block >= unmasked_end) { mask_block(acc_s, block); }
-    if (online_softmax<Element>(acc_s, rows, p, rescale, params.softmax_scale_log2)) { rescale_rows(acc_o, rescale); }
+    if (online_softmax<Element>(acc_s, rows, bias, p, rescale, params.softmax_scale_log2)) { rescale_rows(acc_o, rescale); }
   };
 #pragma unroll 1
   for (; n_block >= tile.own.begin; --n_block) { step(n_block); }
@@ -531,7 +520,7 @@ CUTLASS_FA_DEVICE void attend(Consumer& self, SharedStorage& shared, Params cons
 
 CUTLASS_FA_DEVICE void consume(SharedStorage& shared, Params const& all, int warpgroup) {
   Consumer self = make_consumer(warpgroup);
-  for (Tile tile = shared.tiles.get(self.tile_pipe); tile.m_block >= 0; tile = shared.tiles.get(self.tile_pipe)) {
+  for (Tile tile = shared.tiles.get(self.tile_pipe); tile.first_query >= 0; tile = shared.tiles.get(self.tile_pipe)) {
     Params const params = params_of(all, tile);
     float acc_o[kHeadDim / 2] = {};  // 2 rows x kHeadDim / 4 columns of this thread
     SoftmaxRows rows = empty_rows();

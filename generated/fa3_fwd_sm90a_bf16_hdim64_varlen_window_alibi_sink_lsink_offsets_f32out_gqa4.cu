@@ -22,6 +22,7 @@ using namespace cutlass_fa;
 using Element = bfloat16;
 
 constexpr int kTileM = 192;  // rows of a CTA's tile, 64 for each consumer warpgroup
+constexpr int kQueriesPerTile = 48;  // of each head in it
 constexpr int kTileN = 128;  // keys of a block
 constexpr int kHeadDim = 64;
 constexpr int kStages = 2;   // key blocks in flight, K and V each
@@ -80,9 +81,9 @@ static_assert(sizeof(Params) == 176, "params.py packs another layout");
 
 // One CTA's piece of work: kTileM rows of one head of one sequence, and where the sequence lies in the packed arrays.
 struct Tile {
-  int m_block;
-  int head;   // of params.num_heads_kv
-  int batch;  // the sequence; params.batch: rows that belong to none
+  int first_query;  // of the sequence; -1: no tile
+  int head;         // of params.num_heads_kv
+  int batch;        // the sequence; params.batch: rows that belong to none
   Sequence queries, keys;
 };
 
@@ -98,7 +99,7 @@ CUTLASS_FA_DEVICE Tile tile_of(Params const& params, int index) {
   int const index_in_section = index - first_head * num_blocks;
   int const place = index_in_section / heads;
   SequenceBlock const block = block_of(params.tile_list, place);
-  return {block.block, first_head + index_in_section - place * heads, block.sequence,
+  return {block.block * kQueriesPerTile, first_head + index_in_section - place * heads, block.sequence,
           sequence_of(params.cu_seqlens_q, params.seqused_q, params.batch, params.total_q, block.sequence),
           sequence_of(params.cu_seqlens_k, params.seqused_k, params.batch, params.total_k, block.sequence)};
 }
@@ -124,17 +125,16 @@ static_assert(sizeof(SharedStorage) == 115712, "cell.py computes another size");
 
 // The kGqaRatio query heads of one key head share a tile: row r is head r % kGqaRatio of query r / kGqaRatio.
 constexpr int kGqaRatio = 4;
-constexpr int kQueriesPerTile = kTileM / kGqaRatio;
-CUTLASS_FA_DEVICE int query_of(Tile const& tile, int row) { return tile.m_block * kQueriesPerTile + row / kGqaRatio; }
+CUTLASS_FA_DEVICE int query_of(Tile const& tile, int row) { return tile.first_query + row / kGqaRatio; }
 CUTLASS_FA_DEVICE int head_of(Tile const& tile, int row) { return tile.head * kGqaRatio + row % kGqaRatio; }
 CUTLASS_FA_DEVICE int kv_head_of(Params const&, Tile const& tile) { return tile.head; }
 // Whether a row exists at all: the last kTileM % kGqaRatio rows of a tile do not.
 CUTLASS_FA_DEVICE bool is_row(Params const& params, Tile const& tile, int row) {
-  return row < kQueriesPerTile * kGqaRatio && query_of(tile, row) < params.seqlen_q;
+  return row < kQueriesPerTile * kGqaRatio && static_cast<unsigned>(query_of(tile, row)) < static_cast<unsigned>(params.seqlen_q);
 }
 constexpr int kQBytesPerChunk = kQueriesPerTile * kGqaRatio * 128;  // of the rows that exist
 CUTLASS_FA_DEVICE void load_q_chunk(TensorMap const& map, Mbarrier& full, char* destination, int column, Tile const& tile) {
-  tma_load(map, full, CacheHint::kEvictFirst, destination, column, 0, tile.queries.first + tile.m_block * kQueriesPerTile, tile.head, 0);
+  tma_load(map, full, CacheHint::kEvictFirst, destination, column, 0, tile.queries.first + tile.first_query, tile.head, 0);
 }
 // A tile's rows of Q, a chunk of columns at a time.
 CUTLASS_FA_DEVICE void load_q(TensorMap const& map, Mbarrier& full, char* destination, Tile const& tile) {
@@ -149,7 +149,7 @@ CUTLASS_FA_DEVICE void load_q(TensorMap const& map, Mbarrier& full, char* destin
 CUTLASS_FA_DEVICE Params params_of(Params const& all, Tile const& tile) {
   Params params = all;
   params.seqlen_q = tile.queries.used;
-  params.seqlen_k = tile.m_block * kQueriesPerTile < tile.queries.used ? tile.keys.used : 0;  // rows that are not used see no keys
+  params.seqlen_k = tile.first_query < tile.queries.used ? tile.keys.used : 0;  // rows that are not used see no keys
   params.sink_tokens = min(params.sink_tokens, params.seqlen_k);
   params.o = static_cast<float*>(params.o) + tile.queries.first * params.o_stride_row;
   if (params.lse != nullptr) { params.lse += tile.queries.first; }
@@ -193,7 +193,7 @@ struct KeyBlocks {
 };
 
 CUTLASS_FA_DEVICE KeyBlocks key_blocks(Params const& params, Tile const& tile) {
-  int const first_query = query_of(tile, 0), query_end = min((tile.m_block + 1) * kQueriesPerTile, params.seqlen_q);
+  int const first_query = query_of(tile, 0), query_end = min(tile.first_query + kQueriesPerTile, params.seqlen_q);
   int const unmasked_end = max(key_end(params, first_query), 0) / kTileN;
   int const unmasked_begin = (key_begin(params, query_end - 1) + kTileN - 1) / kTileN;
   int const begin = min(key_begin(params, first_query) / kTileN, n_block_end(params, query_end));  // windows may lie beyond the last key
@@ -288,7 +288,7 @@ CUTLASS_FA_DEVICE void schedule(SharedStorage& shared, Params const& params) {
   int const num_tiles = tile_count(params);
   for (int index = block_index(); index < num_tiles; index = take_tile(params, num_tiles)) { shared.tiles.put(pipe, tile_of(params, index)); }
   Tile none = {};
-  none.m_block = -1;
+  none.first_query = -1;
   shared.tiles.put(pipe, none);
 }
 
@@ -296,7 +296,7 @@ CUTLASS_FA_DEVICE void produce(SharedStorage& shared, TensorMap const& map_q, Te
   PipelineState<kStages> k_pipe, v_pipe;
   PipelineState<kQStages> q_pipe;
   PipelineState<1> tile_pipe;
-  for (Tile tile = shared.tiles.get_alone(tile_pipe); tile.m_block >= 0; tile = shared.tiles.get_alone(tile_pipe)) {
+  for (Tile tile = shared.tiles.get_alone(tile_pipe); tile.first_query >= 0; tile = shared.tiles.get_alone(tile_pipe)) {
     Params const params = params_of(all, tile);
     int const kv_head = kv_head_of(params, tile);
     KeyBlocks const blocks = key_blocks(params, tile);
@@ -409,7 +409,7 @@ CUTLASS_FA_DEVICE void attend(Consumer& self, SharedStorage& shared, Params cons
 
   int const row = self.row_in_tile;
   float const slope[2] = {bias_slope(params, tile.batch, head_of(tile, row)), bias_slope(params, tile.batch, head_of(tile, row + 8))};
-  auto subtract_block_bias = [&](float(&acc_s)[kTileN / 2], int n_block) {
+  auto add_bias = [&](float(&acc_s)[kTileN / 2], int n_block) {
     int const key = blocks.at(n_block) * kTileN + thread_index() % 4 * 2;
     subtract_bias(acc_s, slope, {position_of(params, query_of(tile, row)) - key, position_of(params, query_of(tile, row + 8)) - key});
   };
@@ -423,7 +423,7 @@ CUTLASS_FA_DEVICE void attend(Consumer& self, SharedStorage& shared, Params cons
     wgmma_wait<0>();
     pin_registers(acc_s);
     release(self, shared.k_empty, self.k_pipe);
-    subtract_block_bias(acc_s, n_block);
+    add_bias(acc_s, n_block);
     mask_block(acc_s, n_block);
     online_softmax<Element>(acc_s, rows, p, rescale, params.softmax_scale_log2, true);
   }
@@ -453,7 +453,7 @@ CUTLASS_FA_DEVICE void attend(Consumer& self, SharedStorage& shared, Params cons
     float acc_s[kTileN / 2];
     start_products(acc_s, p);
     finish_pv(p);
-    subtract_block_bias(acc_s, block);
+    add_bias(acc_s, block);
     if (block >= unmasked_end) { mask_block(acc_s, block); }
     if (online_softmax<Element>(acc_s, rows, p, rescale, params.softmax_scale_log2)) { rescale_rows(acc_o, rescale); }
   };
@@ -470,7 +470,7 @@ CUTLASS_FA_DEVICE void attend(Consumer& self, SharedStorage& shared, Params cons
 CUTLASS_FA_DEVICE void consume(SharedStorage& shared, Params const& all, int warpgroup) {
   Consumer self = make_consumer(warpgroup);
   if (warpgroup == kConsumers - 1) { pass_turn(warpgroup); }  // the first turn is warpgroup 0's
-  for (Tile tile = shared.tiles.get(self.tile_pipe); tile.m_block >= 0;) {
+  for (Tile tile = shared.tiles.get(self.tile_pipe); tile.first_query >= 0;) {
     Params const params = params_of(all, tile);
     float acc_o[kHeadDim / 2] = {};  // 2 rows x kHeadDim / 4 columns of this thread
     SoftmaxRows rows = empty_rows();

@@ -14,7 +14,7 @@ from cutlass_fa import errors
 from cutlass_fa.arrays import library_of
 from cutlass_fa.cell import Cell
 from cutlass_fa.check_kvcache import check_cache_numbers
-from cutlass_fa.launches.append_kv import address_words, grid_of, pack_params
+from cutlass_fa.launches.append_kv import AppendPlan, address_words, grid_of, pack_params
 from cutlass_fa.problem_append import APPEND_NAMES, AppendProblem
 from cutlass_fa.reference import attention_forward
 from cutlass_fa.reference_kvcache import attention_with_kvcache, prepare
@@ -240,6 +240,37 @@ def test_rows_of_a_contiguous_cache_are_pages_of_its_length() -> None:
     assert cell.params[words["cache_batch_idx"]].name == "block_table" and params["query_step"] == 1
     plain = {name: array for name, array in arrays_of(ROWS).items() if not name.startswith("rotary")}
     assert grid_of(problem_of(plain)) == 1 + 8 and not problem_of(plain).has_rotary
+
+
+class RecordedLaunch:
+    """KernelLaunch without a GPU: keeps Params as they are at each launch."""
+
+    def __init__(self, kernel: Any, device: int, params: np.ndarray, grid: int) -> None:
+        self.params, self.address = params.view(np.uint8).data.cast("Q"), 0
+        self.launched: list[tuple[int, np.ndarray]] = []
+        self.go = lambda stream, address, extra: self.launched.append((stream, params.copy()))
+
+
+@pytest.mark.parametrize("case", [PAGED, ROWS, PACKED, AppendCase("plain", (3, 20), (4, 4), page=16)], ids=str)
+def test_a_run_writes_every_address_where_the_kernel_reads_it(case: AppendCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cutlass_fa.launches.append_kv.KernelLaunch", RecordedLaunch)
+    arrays = arrays_of(case)
+    problem = problem_of(arrays)
+    cell = Cell.of(problem.dispatch_key())
+    plan = AppendPlan(problem, SimpleNamespace(cell=cell))  # type: ignore[arg-type]
+    given = [APPEND_NAMES[i] for i in plan.arrays]
+    written = [*given, "seqlens_k", *(["turned_q"] if problem.has_rotary else [])]
+    address = {name: 4096 * (place + 1) for place, name in enumerate(written)}
+    plan.run(tuple(address.values()), 17, 5)
+    ((stream, params),) = plan._launch.launched  # type: ignore[attr-defined]
+    address["block_table"] = address.get("block_table", address.get("cache_batch_idx", 0))
+    fields = {field.name for field in cell.params if field.is_address}
+    assert stream == 5 and params["num_cached"] == 17
+    assert {name: int(params[name][0]) for name in fields} == {name: address.get(name, 0) for name in fields}
+    rows = [name for name in given if arrays[name].dtype != np.int32]
+    assert given[: plan.num_row_arrays] == rows
+    assert set(arrays) - set(given) == (set() if problem.has_rotary else {"q"}), "q is read where it is turned"
+    assert params["batch"] == problem.batch, "numbers stay as they were packed"
 
 
 # ---- numbers -------------------------------------------------------------------------------------------------------------------------

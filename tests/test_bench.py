@@ -10,6 +10,7 @@ import shlex
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -330,6 +331,12 @@ class FakeDevice(ArrayDevice):
     def timings(self, call: Call, count: int, lead: int) -> list[float]:
         return [1.0 + call()] * count
 
+    def event(self) -> Any:
+        raise AssertionError("its timings are what calls return")
+
+    def elapsed_ms(self, start: Any, stop: Any) -> float:
+        raise AssertionError("its timings are what calls return")
+
     def synchronize(self) -> None:
         pass
 
@@ -341,6 +348,30 @@ class FakeDevice(ArrayDevice):
 
     def host_calls(self, inputs: Inputs) -> list[tuple[str, str, Call]]:
         return [("cutlass_fa", "fake out=", lambda: None)]
+
+
+class ClockedDevice(FakeDevice):
+    """Events that remember a clock, which calls move on."""
+
+    timings = ArrayDevice.timings
+    now = 0.0
+
+    def event(self) -> Any:
+        marks: list[float] = []
+        return SimpleNamespace(record=lambda: marks.append(self.now), marks=marks)
+
+    def elapsed_ms(self, start: Any, stop: Any) -> float:
+        ((begin,), (end,)) = start.marks, stop.marks
+        return float(end - begin)
+
+
+def test_calls_are_timed_one_by_one_after_the_lead() -> None:
+    device = ClockedDevice()
+
+    def call() -> None:
+        device.now += 100.0 if device.now < 200 else 2.5
+
+    assert device.timings(call, count=3, lead=2) == [2.5] * 3 and device.now == 207.5
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import pytest
 
 from cutlass_fa import Persistent
 from cutlass_fa.cell import Cell
+from cutlass_fa.cells.fa3_fwd import Fa3FwdCell
 from cutlass_fa.dispatch import DISPATCH_TABLE, DispatchKey
 from cutlass_fa.dropout import dropout_mask
 from cutlass_fa.executor import ExecutorFault, ExecutorKernel, Program, compiler_problem, run_forward
@@ -221,11 +222,61 @@ def test_learnable_sinks_with_everything_else(build: Build, key: str) -> None:
         run(Cell.of(parsed), build(parsed), Case((50, 200), batch=2, groups=2, ratio=2), seed)
 
 
+LINEAR_BIASES = (
+    "fa3_fwd_sm90a_f16_hdim64_causal_alibi",
+    "fa3_fwd_sm90a_bf16_hdim64_alibi",
+    "fa3_fwd_sm90a_f16_hdim128_alibi_softcap",
+    "fa3_fwd_sm90a_bf16_hdim128_window_alibi_sink",
+)
+
+
+@pytest.mark.parametrize("sharpness", [1, 8, 60])
+@pytest.mark.parametrize("key", LINEAR_BIASES)
+def test_rows_that_share_an_origin_and_rows_that_cannot(build: Build, key: str, sharpness: int) -> None:
+    """The two rows of a thread have one term for the bias of a column where their scores are near each other (biased_softmax.cuh). Sharp
+    scores keep them apart; keys lie before and after the positions, and slopes are steep, gentle, zero and less than zero."""
+    parsed = DispatchKey.parse(key)
+    cell = Cell.of(parsed)
+    q, k, v = Case((330, 500), ratio=5, sharpness=sharpness).arrays(cell, seed=11)
+    options: dict[str, Any] = {"alibi_slopes": np.array([2.5, 0.3, 0.01, 0.0, -0.04], np.float32)}
+    options |= {"window_size": (150, 90)} if cell.has_window else {}
+    options |= {"sink_tokens": 3} if cell.has_sink else {}
+    options |= {"softcap": 15.0} if cell.has_softcap else {}
+    for seed in SEEDS[:2]:
+        result = run_forward(cell, q, k, v, seed=seed, program=build(parsed), **options)
+        check_forward(result.out, result.lse, q, k, v, case=f"{key} sharpness {sharpness}", causal=parsed.causal, **options)
+
+
 @pytest.mark.parametrize("ratio", [3, 5])
 def test_packed_heads_that_do_not_fill_a_tile(build: Build, ratio: int) -> None:
     key = DispatchKey.parse(f"fa3_fwd_sm90a_bf16_hdim64_causal_gqa{ratio}")
     for seed in SEEDS:
         run(Cell.of(key), build(key), Case((50, 200), batch=2, groups=2), seed)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "fa3_fwd_sm90a_bf16_hdim64_causal",
+        "fa3_fwd_sm90a_bf16_hdim64_causal_window_sink",
+        "fa3_fwd_sm90a_bf16_hdim96_causal_alibi_offsets",
+        "fa3_fwd_sm90a_f16_hdim128_causal",
+        "fa3_fwd_sm90a_f16_hdim64_causal_gqa5",
+    ],
+)
+def test_tiles_that_begin_before_the_first_query(build: Build, key: str) -> None:
+    """Under a causal mask tiles end with the last query; each warpgroup's rows are missing whole, in part and not at all."""
+    parsed = DispatchKey.parse(key)
+    cell = Cell.of(parsed)
+    assert isinstance(cell, Fa3FwdCell) and cell.has_tiles_from_end
+    for seed, seqlen_q in enumerate((1, 63, 65, 130, 191, 193, 239)):
+        for seqlen_k in (seqlen_q - seqlen_q // 3, seqlen_q + 150):
+            run(cell, build(parsed), Case((seqlen_q, seqlen_k), batch=2, ratio=1, window=(70, 0)), seed)
+
+
+def test_many_tiles_that_end_with_the_last_query(build: Build) -> None:
+    for seed in SEEDS:
+        run(Cell.of(SMALLEST), build(SMALLEST), Case((1023, 1023), ratio=1), seed)
 
 
 def test_equal_seeds_give_equal_runs() -> None:

@@ -94,7 +94,7 @@ def test_starts_that_contradict_themselves_stay_inside(build: Build, starts: tup
 
 
 def test_rows_behind_the_last_sequence_are_nobodys(build: Build) -> None:
-    case = AppendCase("behind", (1, 2), (3, 2), packed=True, page=8, rotary="half")
+    case = AppendCase("behind", (1, 2, 7, 9), (3, 2, 0, 1), packed=True, page=8, rotary="half")
     arrays = case.arrays(np.random.default_rng(5))
     expected = naive_append(arrays, False, True)
     more = {name: np.concatenate([arrays[name], np.full_like(arrays[name][:2], np.nan)]) for name in ("q", "k", "v")}

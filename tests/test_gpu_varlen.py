@@ -80,14 +80,20 @@ class Call:
             options |= {"dropout_p": self.dropout_p, "dropout_mask": mask}
         return call, options
 
+    def drawn(self) -> tuple[Any, Any]:
+        """A generator with a new seed, and q, k and v that it drew."""
+        import cupy
+
+        rng = cupy.random.default_rng(np.random.SeedSequence().generate_state(1)[0])
+        layout: dict[str, Any] = {"memory_order": self.order, "extra_strides": self.order == "bhsd"}
+        return rng, self.lengths.qkv(cupy, rng, HEADS[self.heads], self.head_dim, DTYPES[self.dtype], **layout)
+
     def check(self) -> None:
         import cupy
 
         if self.family == "fa3" and device_info(0).arch != "sm_90a":
             pytest.skip("family fa3 needs sm_90a")
-        rng = cupy.random.default_rng(np.random.SeedSequence().generate_state(1)[0])
-        layout: dict[str, Any] = {"memory_order": self.order, "extra_strides": self.order == "bhsd"}
-        q, k, v = self.lengths.qkv(cupy, rng, HEADS[self.heads], self.head_dim, DTYPES[self.dtype], **layout)
+        _, (q, k, v) = self.drawn()
         call, options = self.options()
         sequences = self.lengths.arrays(cupy)
         call |= {"family": self.family, "return_lse": True, "check": True}
@@ -255,9 +261,7 @@ class BackwardCall(Call):
     def check(self) -> None:
         import cupy
 
-        rng = cupy.random.default_rng(np.random.SeedSequence().generate_state(1)[0])
-        layout: dict[str, Any] = {"memory_order": self.order, "extra_strides": self.order == "bhsd"}
-        q, k, v = self.lengths.qkv(cupy, rng, HEADS[self.heads], self.head_dim, DTYPES[self.dtype], **layout)
+        rng, (q, k, v) = self.drawn()
         dout = cupy.asarray(rng.standard_normal(q.shape, dtype=np.float32)).astype(q.dtype)
         dlse = cupy.asarray(rng.standard_normal((q.shape[1], q.shape[0]), dtype=np.float32))
         call, options = self.options()

@@ -142,9 +142,25 @@ class ArrayDevice(ABC):
     @abstractmethod
     def empty_like(self, x: Any) -> Any: ...
 
-    @abstractmethod
     def timings(self, call: Call, count: int, lead: int) -> list[float]:
         """CUDA-event timings of `count` calls in milliseconds, after `lead` untimed ones (at least 2, the queue's lead over the host)."""
+        pairs = [(self.event(), self.event()) for _ in range(count)]
+        for _ in range(lead):
+            call()
+        for start, stop in pairs:
+            start.record()
+            call()
+            stop.record()
+        self.synchronize()
+        return [self.elapsed_ms(start, stop) for start, stop in pairs]
+
+    @abstractmethod
+    def event(self) -> Any:
+        """A CUDA event that measures time; record() puts it on the current stream."""
+
+    @abstractmethod
+    def elapsed_ms(self, start: Any, stop: Any) -> float:
+        """Milliseconds between two events that have passed."""
 
     @abstractmethod
     def synchronize(self) -> None: ...
@@ -266,17 +282,11 @@ class TorchDevice(ArrayDevice):
     def empty_like(self, x: Any) -> Any:
         return self._torch.empty_like(x)
 
-    def timings(self, call: Call, count: int, lead: int) -> list[float]:
-        event = self._torch.cuda.Event
-        pairs = [(event(enable_timing=True), event(enable_timing=True)) for _ in range(count)]
-        for _ in range(lead):
-            call()
-        for start, stop in pairs:
-            start.record()
-            call()
-            stop.record()
-        self._torch.cuda.synchronize()
-        return [start.elapsed_time(stop) for start, stop in pairs]
+    def event(self) -> Any:
+        return self._torch.cuda.Event(enable_timing=True)
+
+    def elapsed_ms(self, start: Any, stop: Any) -> float:
+        return float(start.elapsed_time(stop))
 
     def synchronize(self) -> None:
         self._torch.cuda.synchronize()
@@ -317,16 +327,11 @@ class CupyDevice(ArrayDevice):
     def empty_like(self, x: Any) -> Any:
         return self._cupy.empty_like(x)
 
-    def timings(self, call: Call, count: int, lead: int) -> list[float]:
-        pairs = [(self._cupy.cuda.Event(), self._cupy.cuda.Event()) for _ in range(count)]
-        for _ in range(lead):
-            call()
-        for start, stop in pairs:
-            start.record()
-            call()
-            stop.record()
-        self.synchronize()
-        return [self._cupy.cuda.get_elapsed_time(start, stop) for start, stop in pairs]
+    def event(self) -> Any:
+        return self._cupy.cuda.Event()
+
+    def elapsed_ms(self, start: Any, stop: Any) -> float:
+        return float(self._cupy.cuda.get_elapsed_time(start, stop))
 
     def synchronize(self) -> None:
         self._cupy.cuda.get_current_stream().synchronize()

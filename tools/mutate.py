@@ -82,7 +82,7 @@ OPERATORS = (
     Operator("another coordinate", r", tile\.batch\)", ", 0)"),
     Operator("another coordinate", r"chunk \* kChunkColumns", "0"),
     Operator("another coordinate", r"n_block \* kTileN, ", "n_block * kTileN + 1, "),
-    Operator("another coordinate", r"tile\.m_block \* kTileM, tile", "tile.m_block * kTileM + 8, tile"),
+    Operator("another coordinate", r"tile\.first_query, tile", "tile.first_query + 8, tile"),
     Operator("another operand", r"\bstep > 0\)", "true)"),
     Operator("another operand", r"\bstep > 0\)", "false)"),
     Operator("another operand", r", true\);\n", ", false);\n"),

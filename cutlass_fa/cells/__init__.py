@@ -1,22 +1,28 @@
-"""The kernels: a class of cells for each (family, direction)."""
+"""The kernels: a class of cells for each (family, direction), imported when a call needs it."""
 
 from __future__ import annotations
 
-from ..cell import Cell
-from .append_kv import AppendKvCell
-from .fa2_bwd import Fa2BwdCell
-from .fa2_bwd_passes import Fa2BwdConvertCell, Fa2BwdPreprocessCell, Fa2BwdReduceCell
-from .fa2_fwd import Fa2FwdCell
-from .fa3_fwd import Fa3FwdCell
-from .sequence_tiles import SequenceTilesCell
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-CELL_CLASSES: dict[tuple[str, str], type[Cell]] = {
-    ("fa2", "fwd"): Fa2FwdCell,
-    ("fa3", "fwd"): Fa3FwdCell,
-    ("fa2", "bwd"): Fa2BwdCell,
-    ("fa2", "bwd_preprocess"): Fa2BwdPreprocessCell,
-    ("fa2", "bwd_convert"): Fa2BwdConvertCell,
-    ("fa2", "sequence_tiles"): SequenceTilesCell,
-    ("fa2", "bwd_reduce"): Fa2BwdReduceCell,
-    ("fa2", "append_kv"): AppendKvCell,
+if TYPE_CHECKING:
+    from ..cell import Cell
+
+# (family, direction) -> module of this package, class
+_CELL_CLASSES = {
+    ("fa2", "fwd"): ("fa2_fwd", "Fa2FwdCell"),
+    ("fa3", "fwd"): ("fa3_fwd", "Fa3FwdCell"),
+    ("fa2", "bwd"): ("fa2_bwd", "Fa2BwdCell"),
+    ("fa2", "bwd_preprocess"): ("fa2_bwd_passes", "Fa2BwdPreprocessCell"),
+    ("fa2", "bwd_convert"): ("fa2_bwd_passes", "Fa2BwdConvertCell"),
+    ("fa2", "bwd_reduce"): ("fa2_bwd_passes", "Fa2BwdReduceCell"),
+    ("fa2", "sequence_tiles"): ("sequence_tiles", "SequenceTilesCell"),
+    ("fa2", "append_kv"): ("append_kv", "AppendKvCell"),
 }
+
+
+def cell_class(family: str, direction: str) -> type[Cell]:
+    """The class whose for_key makes the cells of these kernels. KeyError where there are none."""
+    module, name = _CELL_CLASSES[family, direction]
+    found: type[Cell] = getattr(import_module(f".{module}", __name__), name)
+    return found

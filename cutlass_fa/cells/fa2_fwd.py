@@ -75,6 +75,15 @@ class Fa2FwdCell(SwizzledCell):
         return "num_heads_q"
 
     @property
+    def tile_begin(self) -> str:
+        """The first query of a causal cell's tile, row_of_tiles before the last."""
+        return "(params.num_m_blocks - 1 - row_of_tiles) * kQueriesPerTile"
+
+    @property
+    def tiles_words(self) -> str:
+        return "The first tile begins with query 0."
+
+    @property
     def accumulator_registers(self) -> int:
         """Registers of O, S and a Q that stays."""
         kept_q = self.warp_rows * self.head_dim // 64 if self.has_q_in_registers else 0

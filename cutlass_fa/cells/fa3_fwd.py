@@ -71,6 +71,15 @@ class Fa3FwdCell(SwizzledCell):
         return "num_heads_kv" if self.is_packed else "num_heads_q"
 
     @property
+    def tile_begin(self) -> str:
+        """The first query of a causal cell's tile, row_of_tiles before the last."""
+        return "params.seqlen_q - (row_of_tiles + 1) * kQueriesPerTile"
+
+    @property
+    def tiles_words(self) -> str:
+        return "The last tile ends with the last query."
+
+    @property
     def q_map_dimensions(self) -> str:
         return "num_heads_kv, seqlen_q, kGqaRatio" if self.is_packed else "num_heads_q, seqlen_q"
 
@@ -122,7 +131,7 @@ class Fa3FwdCell(SwizzledCell):
         """Where the key blocks of a tile end that a CTA works on, as the loop counts them."""
         if self.is_split:
             return "tile.own.end"
-        return "blocks.count()" if self.has_window else "n_block_end(params, (tile.m_block + 1) * kQueriesPerTile)"
+        return "blocks.count()" if self.has_window else "n_block_end(params, tile.first_query + kQueriesPerTile)"
 
     @property
     def first_block(self) -> str:
@@ -209,6 +218,12 @@ class Fa3FwdCell(SwizzledCell):
     # ---- named booleans ----------------------------------------------------------------------------------------------------------
 
     @property
+    def has_tiles_from_end(self) -> bool:
+        """Whether tiles are counted from the last query back: under a causal mask the tile that is not full is then the one that sees
+        the fewest keys. Of packed sequences tiles begin at query 0, as the list of tiles has them."""
+        return self.is_causal and not self.is_varlen
+
+    @property
     def has_dynamic_scheduler(self) -> bool:
         """Whether CTAs take tiles from a counter."""
         return self.has_tile_list or (self.tile.scheduler == "dynamic" and not self.is_split)
@@ -249,6 +264,21 @@ class Fa3FwdCell(SwizzledCell):
     def has_waiting_steps(self) -> bool:
         """Whether some blocks are taken with P V first: where there is no overlap, and the few masked ones, whose code is then smaller."""
         return self.has_masked_steps or not self.has_own_overlap
+
+    @property
+    def has_linear_bias(self) -> bool:
+        """Whether the softmax adds ALiBi's bias: the two rows of a thread have one slope, as they have not where heads are packed."""
+        return self.has_alibi and not self.is_packed
+
+    @property
+    def has_row_bias(self) -> bool:
+        """Whether each row has a slope of its own."""
+        return self.has_alibi and self.is_packed
+
+    @property
+    def bias_argument(self) -> str:
+        """What the softmax is told of a bias."""
+        return "bias, " if self.has_linear_bias else ""
 
     # ---- Params ------------------------------------------------------------------------------------------------------------------
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from ..kernels import Kernel
-from ..launch import ForwardPlan
-from ..problem import Problem
-from .fa2_fwd import Fa2FwdPlan
-from .fa3_fwd import Fa3FwdPlan
-
-_FORWARD_PLANS: dict[str, Callable[..., ForwardPlan]] = {"fa2": Fa2FwdPlan, "fa3": Fa3FwdPlan}
+if TYPE_CHECKING:
+    from ..kernels import Kernel
+    from ..launch import ForwardPlan
+    from ..problem import Problem
 
 
 def forward_plan(problem: Problem, kernel: Kernel, *before: Kernel) -> ForwardPlan:
     """The plan of a forward by `kernel`, whose family says how it is launched. before: kernels of the call that run first."""
-    return _FORWARD_PLANS[kernel.key.family](problem, kernel, *before)
+    if kernel.key.family == "fa3":  # each imported when a call needs it
+        from .fa3_fwd import Fa3FwdPlan
+
+        return Fa3FwdPlan(problem, kernel, *before)
+    from .fa2_fwd import Fa2FwdPlan
+
+    return Fa2FwdPlan(problem, kernel, *before)

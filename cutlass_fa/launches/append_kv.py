@@ -28,6 +28,7 @@ class AppendPlan:
         words = address_words(problem, kernel.cell)
         self._words = tuple(words.values())
         self.arrays = tuple(APPEND_NAMES.index(name) for name in words if name in APPEND_NAMES)
+        self.num_row_arrays = sum(i < APPEND_NAMES.index("cache_seqlens") for i in self.arrays)  # they come first: rows of 16-bit elements
         self._num_cached = next(word for word, field in enumerate(kernel.cell.params) if field.name == "num_cached")
         self._lock = threading.Lock()
 

@@ -53,8 +53,9 @@ class Fa2FwdPlan:
             words[0], words[1], words[2] = qkv
             words[3] = out
             words[4] = lse
-            for word, address in zip(self.extra_words.values(), extras, strict=True):
-                words[word] = address
+            if extras:
+                for word, address in zip(self.extra_words.values(), extras, strict=True):
+                    words[word] = address
             if self._tiles is not None:
                 self._tiles.run(words, workspace, extras, stream)
             if self._random_word is not None:

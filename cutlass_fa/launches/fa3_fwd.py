@@ -68,15 +68,16 @@ class Fa3FwdPlan:
         """See ForwardPlan. The kernel has no dropout."""
         arguments, pointers = self._arguments, self._pointers
         with self._lock:
-            arguments[0], arguments[1], arguments[2] = self._maps.host_addresses(qkv)
+            arguments[0], arguments[1], arguments[2] = self._maps[qkv]
             pointers[0] = out
             pointers[1] = lse
             if self._counters is not None:
                 pointers[2] = self._counters.take(stream, self._num_counters)
             if self._parts is not None:
                 pointers[3], pointers[4] = workspace, workspace + self._parts.part_rows_bytes
-            for word, address in zip(self.extra_words.values(), extras, strict=True):
-                pointers[word] = address
+            if extras:
+                for word, address in zip(self.extra_words.values(), extras, strict=True):
+                    pointers[word] = address
             if self._tiles is not None:
                 self._tiles.run(pointers, workspace, extras, stream)
             self._go(stream, self._address, 0)
