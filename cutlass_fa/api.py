@@ -82,7 +82,7 @@ def flash_attn_func(
     for bad input, UnsupportedCell for a combination without a kernel, MockMode where there is no GPU, CompileError, CompileDisabled.
     """
     masks = mask_options(causal, window_size, sink_tokens, q_offset, k_offset)
-    options = (softmax_scale, *masks, persistent, softcap, dropout_p, is_float32(out_dtype), family, None, None, False)
+    options = (softmax_scale, *masks, persistent, softcap, dropout_p, is_float32(out_dtype), family, None, None, False, 0)
     extras = (alibi_slopes, learnable_sink, None, None, None, None, None, None)
     return forward(q, k, v, out, return_lse, options, extras, (dropout_seed, dropout_offset), backend)
 
@@ -146,7 +146,7 @@ _Options = tuple[Any, ...]
 MASK_NAMES = ("causal", "window_size", "sink_tokens", "q_offset", "k_offset")
 OPTION_NAMES = (
     *("softmax_scale", *MASK_NAMES, "persistent", "softcap", "dropout_p", "float_out", "family"),
-    *("max_seqlen_q", "max_seqlen_k", "cached"),
+    *("max_seqlen_q", "max_seqlen_k", "cached", "num_splits"),
 )
 
 _NAMES = ("q", "k", "v", "out")
@@ -237,7 +237,7 @@ def reference_library(q: Any) -> ArrayLibrary:
 
 _NOT_THE_REFERENCES = (
     *("persistent", "float_out", "family", "deterministic", "recompute", "max_seqlen_q", "max_seqlen_k"),
-    *("cached", "block_table", "cache_leftpad"),
+    *("cached", "num_splits", "block_table", "cache_leftpad"),
 )
 
 

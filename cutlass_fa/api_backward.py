@@ -112,7 +112,7 @@ def backward(
     if problem.request.recompute:
         named = dict(zip(_OPTION_NAMES, options, strict=True))
         masks = (named[name] for name in MASK_NAMES)
-        again = (named["softmax_scale"], *masks, None, named["softcap"], named["dropout_p"], False, None, *options[-2:], False)
+        again = (named["softmax_scale"], *masks, None, named["softcap"], named["dropout_p"], False, None, *options[-2:], False, 0)
         out, lse = forward(q, k, v, None, True, again, extras, random_state, backend)
     dq, dk, dv = (
         library.empty(problem.shape_of(spec), spec.dtype, device) if given is None else given

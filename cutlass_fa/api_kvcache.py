@@ -104,7 +104,7 @@ def flash_attn_with_kvcache(
     _check_arguments(cache_seqlens, k, cache_leftpad, num_splits)
     masks = mask_options(causal, window_size, sink_tokens, None, None)
     turns = (bool(rotary_interleaved), bool(causal or masks[1] != (-1, -1)))  # queries turn as the mask has them stand
-    options = (softmax_scale, *masks, None, softcap, 0.0, is_float32(out_dtype), family, max_seqlen_q, None, True)
+    options = (softmax_scale, *masks, None, softcap, 0.0, is_float32(out_dtype), family, max_seqlen_q, None, True, num_splits)
     extras = (alibi_slopes, learnable_sink)
     if backend == "reference":
         return _reference(arrays, num_cached if is_number else None, turns, options, extras, out, return_softmax_lse, check)
@@ -119,7 +119,7 @@ def flash_attn_with_kvcache(
     if is_number or any([array is not None for array in of_new_rows]):
         q, lengths, before = prepare_append(library, append_plan(library, arrays, turns), arrays, num_cached)
     caches, tables = (k_cache, v_cache), (lengths, block_table, cache_batch_idx, cache_leftpad, cu_seqlens_q)
-    return paged_forward(q, caches, tables, options, extras, out, return_softmax_lse, num_splits, before)
+    return paged_forward(q, caches, tables, options, extras, out, return_softmax_lse, before)
 
 
 def paged_forward(
@@ -130,7 +130,6 @@ def paged_forward(
     extras: tuple[Any, Any],
     out: Any,
     return_lse: bool,
-    num_splits: int,
     before: Callable[[], None] | None,
 ) -> Any:
     """Attention over caches.

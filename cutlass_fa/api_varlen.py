@@ -59,7 +59,7 @@ def flash_attn_varlen_func(
     included, get out 0 and lse -inf. Raises what flash_attn_func raises, and with check InvalidArgument and SeqlenOverflow for the numbers.
     """
     masks = mask_options(causal, window_size, sink_tokens, q_offset, k_offset)
-    options = (softmax_scale, *masks, persistent, softcap, dropout_p, is_float32(out_dtype), family, max_seqlen_q, max_seqlen_k, False)
+    options = (softmax_scale, *masks, persistent, softcap, dropout_p, is_float32(out_dtype), family, max_seqlen_q, max_seqlen_k, False, 0)
     _check_side("q", cu_seqlens_q, seqused_q, max_seqlen_q, q, check)
     _check_side("k", cu_seqlens_k, seqused_k, max_seqlen_k, k, check)
     extras = (alibi_slopes, learnable_sink, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, None, None)

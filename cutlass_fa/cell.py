@@ -125,6 +125,16 @@ class Cell(ABC):
         return self.is_varlen and not self.is_paged
 
     @property
+    def is_split(self) -> bool:
+        """Of a forward: whether the keys of a tile may be divided among CTAs; of a backward: whether the queries of a block of keys are."""
+        return self.key.split
+
+    @property
+    def has_tile_list(self) -> bool:
+        """Whether tiles come from the list of all sequences' blocks that a pass before the kernel makes."""
+        return self.is_varlen and not self.is_split
+
+    @property
     def has_batch(self) -> bool:
         """Whether arrays have a batch dimension: sequences are equally long."""
         return not self.is_varlen

@@ -59,9 +59,9 @@ class DispatchKey:
     causal, varlen, sliding_window, alibi, sink, learnable_sink, paged, k_tokens_inner, v_tokens_inner, position_offset, softcap, dropout,
         float_out, deterministic, split, rotary: presence flags. sink is of sink tokens, learnable_sink of logits without a key.
         k_tokens_inner, v_tokens_inner: in a cache's memory the same column of a block's keys lies together, not a key's columns.
-        position_offset: the call says where its first query and key stand. float_out: out is written in float32. deterministic and split
-        are the backward's: dq is summed in a fixed order; dk and dv are sums of parts that several CTAs make. rotary: append_kv turns
-        queries and new keys by their positions.
+        position_offset: the call says where its first query and key stand. float_out: out is written in float32. deterministic is
+        the backward's: dq is summed in a fixed order. split: results are sums of parts that several CTAs make, a forward's out (on a KV
+        cache), a backward's dk and dv. rotary: append_kv turns queries and new keys by their positions.
     gqa_ratio: query heads packed into a tile's rows; 1 where heads are not packed (the ratio is then a runtime number).
     v_dtype: element type of v; "" (the default) means that of q and k.
     """
@@ -210,7 +210,7 @@ _CACHE = ("paged", "k_tokens_inner", "v_tokens_inner")
 # What has a template: (family, direction) -> the presence flags that it knows.
 BUILT_FLAGS: dict[tuple[str, str], tuple[str, ...]] = {
     ("fa2", "fwd"): (*_MASKS, "learnable_sink", *_CACHE, "position_offset", "softcap", "dropout", "float_out"),
-    ("fa3", "fwd"): (*_MASKS, "learnable_sink", *_CACHE, "position_offset", "softcap", "float_out"),
+    ("fa3", "fwd"): (*_MASKS, "learnable_sink", *_CACHE, "position_offset", "softcap", "float_out", "split"),
     ("fa2", "bwd"): (*_MASKS, "position_offset", "softcap", "dropout", "deterministic", "split"),
     ("fa2", "bwd_preprocess"): ("varlen", "learnable_sink"),
     ("fa2", "bwd_convert"): ("varlen", "split"),
@@ -263,7 +263,7 @@ def _semantic_reasons(key: DispatchKey) -> list[str]:
             key.direction == "bwd_convert" and key.split and key.varlen,
             "parts of dk and dv are added up as of one sequence: leave out varlen",
         ),
-        (key.split and not backward, "split is the backward's: parts of dk and dv"),
+        (key.split and not backward and not key.paged, "only keys of a cache are divided among the CTAs of a forward: split needs paged"),
         (
             key.learnable_sink and key.direction == "bwd",
             "a backward's main kernel is the same with learnable_sink, which lse holds: bwd_preprocess makes the gradient",
@@ -340,6 +340,10 @@ DISPATCH_TABLE = DispatchTable(
         _fa3_fwd("bf16", 64, causal=True, sliding_window=True, learnable_sink=True),
         _fa3_fwd("bf16", 128, causal=True, varlen=True, paged=True, gqa_ratio=4),
         _fa3_fwd("bf16", 128, causal=True, varlen=True, paged=True, k_tokens_inner=True, v_tokens_inner=True),
+        _fa3_fwd("bf16", 128, causal=True, varlen=True, paged=True, split=True, gqa_ratio=4),
+        _fa3_fwd(
+            "bf16", 64, causal=True, varlen=True, paged=True, alibi=True, learnable_sink=True, float_out=True, split=True, **_SINK_WINDOW
+        ),
         _fa2_fwd("sm_80", "bf16", 128),
         _fa2_fwd("sm_80", "bf16", 128, causal=True),
         _fa2_fwd("sm_80", "f16", 128, causal=True),

@@ -173,6 +173,11 @@ def choice_notes(key: DispatchKey) -> tuple[str, ...]:
         notes.append(
             f"queries are few: the {key.gqa_ratio} query heads of a key head share a tile, whose keys are loaded once for all of them"
         )
+    if key.split and key.direction == "fwd":
+        notes.append(
+            "CTAs share the keys of a sequence, each an equal part of all work (num_splits: of equal parts of each sequence); "
+            "the one that brings the last part of a tile adds them up, in the same launch"
+        )
     return tuple(notes)
 
 

@@ -99,6 +99,14 @@ _CAPPED_SCALE = (
     ParamField("softcap_prescale", "float", "softmax_scale / softcap"),
 )
 _TILE_COUNTER = ParamField("tile_counter", "int*", "one number, 0 before and after a launch")
+_PART_COUNTERS = ParamField(
+    "part_counters", "int*", "(grid,) of the tile that each CTA begins and does not end: parts that are there; 0 before and after a launch"
+)
+_PARTS = (
+    ParamField("part_o", "float*", "(places, kHeadDim) rows of parts of tiles: sums of V, not yet divided by the row's sum"),
+    ParamField("part_rows", "float*", "(places, 2) what a row is measured from, and its sum"),
+)
+_NUM_SPLITS = ParamField("num_splits", "int", "parts of a tile at most, of equal size; 0: as CTAs' shares divide it")
 _HEADS_PER_KV_HEAD = ParamField("heads_per_kv_head", "int", "num_heads_q / num_heads_kv")
 _NUM_HEADS_KV = ParamField("num_heads_kv", "int", "key heads, the heads of the work list")
 _HEADS_PER_SECTION = ParamField("heads_per_section", "int", "(batch, head) pairs of the work list whose K and V share the L2 cache")
@@ -145,9 +153,10 @@ def mask_params(key: DispatchKey) -> tuple[ParamField, ...]:
 
 def fa3_fwd_params(key: DispatchKey, dynamic_scheduler: bool) -> tuple[ParamField, ...]:
     """The fields of an fa3 forward cell, widest first so that no compiler pads between them."""
-    pointers = (*_outputs(key), *(_TILE_COUNTER,) * dynamic_scheduler, *_extra_addresses(key))
+    counters = (_TILE_COUNTER,) * dynamic_scheduler + (_PART_COUNTERS, *_PARTS) * key.split
+    pointers = (*_outputs(key), *counters, *_extra_addresses(key))
     wide = (*pointers, *strides("o")) + (ALIBI_STRIDE,) * key.alibi + (BLOCK_TABLE_STRIDE,) * key.paged
-    sizes = (_PACKED_SIZES if key.varlen else _FORWARD_SIZES) + _page_sizes(key) * key.paged
+    sizes = (_PACKED_SIZES if key.varlen else _FORWARD_SIZES) + _page_sizes(key) * key.paged + (_NUM_SPLITS,) * key.split
     return (*wide, *sizes, *scale_params(key), _work_heads(key), *_forward_features(key))
 
 
@@ -174,13 +183,14 @@ def _work_heads(key: DispatchKey) -> ParamField:
 
 def _extra_addresses(key: DispatchKey) -> tuple[ParamField, ...]:
     """Of extra arrays, in the order of extras.py; then what the list of tiles before the kernel makes."""
-    sequences = CACHED_SEQUENCES if key.paged else SEQUENCES
-    return (ALIBI_SLOPES,) * key.alibi + (LEARNABLE_SINK,) * key.learnable_sink + (*sequences, _TILE_LIST) * key.varlen
+    sequences = (CACHED_SEQUENCES if key.paged else SEQUENCES) * key.varlen
+    tile_list = (_TILE_LIST,) * (key.varlen and not key.split)
+    return (ALIBI_SLOPES,) * key.alibi + (LEARNABLE_SINK,) * key.learnable_sink + sequences + tile_list
 
 
 def _forward_features(key: DispatchKey) -> tuple[ParamField, ...]:
     """The narrow fields that both families' forwards have with a feature."""
-    return (_HEADS_PER_SECTION,) * (key.causal or key.varlen) + mask_params(key)
+    return (_HEADS_PER_SECTION,) * ((key.causal or key.varlen) and not key.split) + mask_params(key)
 
 
 def params_dtype(fields: tuple[ParamField, ...]) -> np.dtype:

@@ -70,6 +70,7 @@ class Problem:
         max_seqlen_q: int | None = None,
         max_seqlen_k: int | None = None,
         cached: bool = False,
+        num_splits: int = 0,
     ) -> Problem:
         """Check the arrays of a forward call and describe it. out None: a fresh contiguous (batch, seqlen_q, num_heads_q, head_dim).
         family None: the one that serves the call. With cu_seqlens among the extras, q, k, v and out are packed, without the batch
@@ -116,6 +117,7 @@ class Problem:
             q_offset=q_offset,
             k_offset=k_offset,
             float_out=float_out,
+            num_splits=num_splits,
             arch=arch,
         )
         like = replace(q, dtype="float32") if float_out else q

@@ -28,7 +28,7 @@ from .errors import (
     UnsupportedHeadDim,
 )
 from .kv_cache import KvCache
-from .request_parts import MAX_SEQLEN, CumulativeSeqlens, Full, MaskKind, PersistentMode, PositionBias, check_rows
+from .request_parts import MAX_SEQLEN, CumulativeSeqlens, Full, Grid, MaskKind, PersistentMode, PositionBias, check_rows
 
 DTYPES_16BIT = ("f16", "bf16")
 
@@ -177,12 +177,22 @@ def check_offsets(q_offset: Any, k_offset: Any) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardRequest(AttentionRequest):
-    """What every forward has beside: float_out, whether out is written in float32 rather than in q's dtype."""
+    """What every forward has beside: float_out, whether out is written in float32 rather than in q's dtype; num_splits, of a KV cache:
+    parts that the keys of a sequence are divided into, by which CTAs share them. 0: as many as keep the GPU busy; 1: one; more: as many
+    whatever else is in the batch, so that equal sequences have equal results. Raises InvalidArgument for splits without a cache."""
 
     float_out: bool = False
+    num_splits: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_splits < 0:
+            raise InvalidArgument(f"num_splits={self.num_splits}: must be 0 (as many as fill the GPU) or a positive number of parts")
+        if self.num_splits > 1 and self.kv_cache is None:
+            raise InvalidArgument(f"num_splits={self.num_splits}: only calls on a KV cache divide keys among CTAs; leave it out")
 
     def _forward_key(self, family: str) -> DispatchKey:
-        return replace(self._key(family, "fwd"), float_out=self.float_out)
+        return replace(self._key(family, "fwd"), float_out=self.float_out, split=self.num_splits > 1)
 
     @property
     def _usual_seqlen_q(self) -> int:
@@ -203,11 +213,32 @@ class Fa3FwdRequest(ForwardRequest):
         if self.arch != "sm_90a":
             raise Fa3RequiresHopper(f"arch={self.arch}: family fa3 uses TMA and WGMMA, which only sm_90a has")
 
+        if self.num_splits > 1 and self.persistent == Grid():
+            raise InvalidArgument(
+                f"num_splits={self.num_splits} with persistent=Grid(): CTAs that share keys take several tiles; leave it out"
+            )
+
     def dispatch_key(self) -> DispatchKey:
         """The cell this request needs; whether it exists is DISPATCH_TABLE's to say."""
-        key = self._forward_key("fa3")
+        key = self._packed(self._forward_key("fa3"))
+        return self._packed(replace(key, split=True)) if self._gains_by_splits(key) else key
+
+    def _packed(self, key: DispatchKey) -> DispatchKey:
+        """The same with as many heads in a tile's rows as its tile is filled by."""
         tile_m = fa3_fwd_tile_of(key.head_dim, key.features).tile_m
         return replace(key, gqa_ratio=packed_gqa_ratio(self._usual_seqlen_q, self.num_heads_q // self.num_heads_kv, tile_m))
+
+    def _gains_by_splits(self, key: DispatchKey) -> bool:
+        """Whether CTAs should share keys where the call does not say so: the queries of a sequence fit the smaller tile, or tiles of `key`
+        are so few that half of the multiprocessors would have none."""
+        if self.kv_cache is None or self.num_splits != 0 or self.persistent == Grid():
+            return False
+        own = self._packed(replace(key, split=True))
+        if self._usual_seqlen_q * own.gqa_ratio <= fa3_fwd_tile_of(own.head_dim, own.features).tile_m:
+            return True
+        queries = fa3_fwd_tile_of(key.head_dim, key.features).tile_m // key.gqa_ratio
+        tiles = self.batch * -(-self._usual_seqlen_q // queries) * (self.num_heads_q // key.gqa_ratio)
+        return 2 * tiles <= limits_of(self.arch).num_sms
 
     def dispatch_keys(self) -> tuple[DispatchKey, ...]:
         """Every kernel of the call in the order of the launches."""
@@ -361,8 +392,8 @@ def VarlenFwdRequest(
 
 
 def with_sequence_tiles(key: DispatchKey) -> tuple[DispatchKey, ...]:
-    """`key`, and before it the list of tiles where it works on packed sequences."""
-    if not key.varlen:
+    """`key`, and before it the list of tiles where it works on packed sequences and does not find its work by itself."""
+    if not key.varlen or key.split:
         return (key,)
     return sequence_tiles_key(key.arch), key
 

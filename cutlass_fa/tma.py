@@ -15,7 +15,7 @@ from .kv_cache import KEY_GROUP
 
 _ELEMENT_BYTES = 2
 _MAP_BYTES = 128
-SEQUENCE_EDGE = 1 << 30  # kSequenceEdge of the kernels
+SEQUENCE_EDGE = 1 << 30  # kSequenceEdge of sequences.cuh
 _MAX_MAPS = 1024  # addresses remembered per geometry: a caller that never reuses memory must not fill the host's
 
 

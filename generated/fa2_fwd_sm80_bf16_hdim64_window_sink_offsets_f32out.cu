@@ -2,6 +2,7 @@
 // cell: fa2_fwd_sm80_bf16_hdim64_window_sink_offsets_f32out   tile 128x64, 2 stages, 128 threads, smem 49152 B
 // regenerate: python tools/regenerate_kernels.py fa2_fwd_sm80_bf16_hdim64_window_sink_offsets_f32out
 // SPDX-License-Identifier: BSD-3-Clause
+#include <cutlass_fa/accumulator_rows.cuh>
 #include <cutlass_fa/base.cuh>
 #include <cutlass_fa/cp_async.cuh>
 #include <cutlass_fa/lazy_softmax.cuh>
@@ -159,7 +160,6 @@ CUTLASS_FA_DEVICE void apply_mask(float (&acc_s)[kTileN / 2], Params const& para
 // O <- acc_o / row sum, lse <- its logarithm. Two neighbouring lanes trade pairs of columns, so that each writes 16 bytes of one row.
 CUTLASS_FA_DEVICE void store_o(Params const& params, Tile const& tile, int row_in_tile, float const (&acc_o)[kHeadDim / 2], SoftmaxRows const& rows) {
   int const quad_lane = thread_index() % 4;
-  int const odd = quad_lane % 2;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     RowResult const result = finalize(rows, r);
@@ -172,14 +172,11 @@ CUTLASS_FA_DEVICE void store_o(Params const& params, Tile const& tile, int row_i
     }
     float* const o_row = static_cast<float*>(params.o) + tile.batch * params.o_stride_batch + query * params.o_stride_row + head * params.o_stride_head;
 #pragma unroll
-    for (int block = 0; block < kHeadDim / 8; block += 2) {  // accumulator blocks of 8 columns: the even lane gets this one, the odd the next
-      float const* const pair = acc_o + 4 * block + 2 * r;
-      float const x = (odd ? pair[4] : pair[0]) * result.normalizer, y = (odd ? pair[5] : pair[1]) * result.normalizer;
-      float const other_x = shuffle_xor((odd ? pair[0] : pair[4]) * result.normalizer, 1);
-      float const other_y = shuffle_xor((odd ? pair[1] : pair[5]) * result.normalizer, 1);
-      int const column = 8 * (block + odd) + quad_lane / 2 * 4;
+    for (int block = 0; block < kHeadDim / 8; block += 2) {
+      float4 const columns = traded_columns(acc_o, block, r, result.normalizer);
+      int const column = traded_column(block);
       if (in_range && column < params.head_dim) {
-        *reinterpret_cast<float4*>(o_row + column) = odd ? make_float4(other_x, other_y, x, y) : make_float4(x, y, other_x, other_y);
+        *reinterpret_cast<float4*>(o_row + column) = columns;
       }
     }
   }

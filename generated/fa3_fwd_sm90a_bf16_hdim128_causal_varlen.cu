@@ -179,8 +179,6 @@ CUTLASS_FA_DEVICE void apply_mask(float (&acc_s)[kTileN / 2], int const (&limit)
   }
 }
 
-constexpr int kSequenceEdge = 1 << 30;  // tma.py's
-
 // kTileN keys of K or V of one sequence. The map counts a sequence's rows so that its last comes right before the array's edge (tma.py):
 // keys behind it arrive as zeros, whatever lies there.
 CUTLASS_FA_DEVICE void load_kv(TensorMap const& map, Mbarrier& full, char* destination, int n_block, int kv_head, Sequence const& keys) {

@@ -7,6 +7,7 @@
 #include <cutlass_fa/math.cuh>
 #include <cutlass_fa/mbarrier.cuh>
 #include <cutlass_fa/named_barrier.cuh>
+#include <cutlass_fa/pages.cuh>
 #include <cutlass_fa/registers.cuh>
 #include <cutlass_fa/sequences.cuh>
 #include <cutlass_fa/shared_memory.cuh>
@@ -205,34 +206,29 @@ CUTLASS_FA_DEVICE void apply_mask(float (&acc_s)[kTileN / 2], int const (&limit)
   }
 }
 
-constexpr int kSequenceEdge = 1 << 30;  // tma.py's
-
-// In one array's map: from one page to the next and from one key to the next.
-struct PageSteps {
-  int page, row;
+// A block of keys as the lanes of the producer's warp load it.
+struct LoadedBlock {
+  int n_block;
+  PageRows rows;  // this lane's keys
 };
 
-// kTileN keys of K or V of one sequence, by the lanes of a warp: each copies boxes of keys that lie in one page. The map counts a page's
-// rows so that its last in use comes right before the array's edge (tma.py): keys behind it arrive as zeros, whatever lies there, and so do
-// those of a page that does not exist.
-CUTLASS_FA_DEVICE void load_kv(TensorMap const& map, Mbarrier& full, char* destination, int n_block, int kv_head, Params const& params, Tile const& tile,
+CUTLASS_FA_DEVICE LoadedBlock loaded_block(Params const& params, Tile const& tile, int n_block) {
+  int const first_row = thread_index() % kWarpSize * params.rows_of_box, first = tile.keys.first;
+  return {n_block, page_rows(first + n_block * kTileN + first_row, first + tile.keys.used, params.page_size, first_row < kTileN,
+                             [&](int index) { return page_of(params, tile.batch, index); })};
+}
+// kTileN keys of K or V of one sequence, by the lanes of a warp (pages.cuh).
+CUTLASS_FA_DEVICE void load_kv(TensorMap const& map, Mbarrier& full, char* destination, LoadedBlock const& block, int kv_head, Params const& params,
                                PageSteps steps) {
-  int const lane = thread_index() % kWarpSize;
+  int const lane = thread_index() % kWarpSize, first_row = lane * params.rows_of_box;
   if (lane == 0) { full.arrive_and_expect(kChunks * kKvChunkBytes); }
   warp_sync();  // nothing arrives before it is expected
-  int const key_end = tile.keys.first + tile.keys.used;
-  for (int first_row = lane * params.rows_of_box; first_row < kTileN; first_row += kWarpSize * params.rows_of_box) {
-    int const key = tile.keys.first + n_block * kTileN + first_row;
-    int const index = key / params.page_size, row = key - index * params.page_size;
-    int const page = key < key_end ? page_of(params, tile.batch, index) : -1;
-    bool const exists = 0 <= page && page < params.num_pages;
-    int const end = exists ? min(params.page_size, key_end - index * params.page_size) : 0;  // the page's rows in use
-    int const place = exists ? page * steps.page + end * steps.row : 0;
+  if (first_row >= kTileN) { return; }
+  MapRow const place = map_row(block.rows, params.num_pages, steps);
 #pragma unroll 1
-    for (int chunk = 0; chunk < kChunks; ++chunk) {
-      tma_load(map, full, CacheHint::kEvictLast, destination + chunk * kKvChunkBytes + first_row * 128, chunk * kChunkColumns,
-               kSequenceEdge - end + row, kv_head, place, kSequenceEdge);
-    }
+  for (int chunk = 0; chunk < kChunks; ++chunk) {
+    tma_load(map, full, CacheHint::kEvictLast, destination + chunk * kKvChunkBytes + first_row * 128, chunk * kChunkColumns,
+             place.row, kv_head, place.place, kSequenceEdge);
   }
 }
 
@@ -290,27 +286,31 @@ CUTLASS_FA_DEVICE void produce(SharedStorage& shared, TensorMap const& map_q, Te
   for (Tile tile = shared.tiles.get(tile_pipe); tile.first_query >= 0; tile = shared.tiles.get(tile_pipe)) {
     Params const params = params_of(all, tile);
     int const kv_head = kv_head_of(params, tile);
-    auto load_k = [&](int n_block) {
+    auto load_k = [&](LoadedBlock const& block) {
       shared.k_empty[k_pipe.stage()].wait(k_pipe.parity() ^ 1);
-      load_kv(map_k, shared.k_full[k_pipe.stage()], shared.k[k_pipe.stage()], n_block, kv_head, params, tile, {params.k_page_step, params.k_row_step});
+      load_kv(map_k, shared.k_full[k_pipe.stage()], shared.k[k_pipe.stage()], block, kv_head, params, {params.k_page_step, params.k_row_step});
       k_pipe.advance();
     };
-    auto load_v = [&](int n_block) {
+    auto load_v = [&](LoadedBlock const& block) {
       shared.v_empty[v_pipe.stage()].wait(v_pipe.parity() ^ 1);
-      load_kv(map_v, shared.v_full[v_pipe.stage()], shared.v[v_pipe.stage()], n_block, kv_head, params, tile, {params.v_page_step, params.v_row_step});
+      load_kv(map_v, shared.v_full[v_pipe.stage()], shared.v[v_pipe.stage()], block, kv_head, params, {params.v_page_step, params.v_row_step});
       v_pipe.advance();
     };
     int const last_block = n_block_end(params, tile.first_query + kQueriesPerTile) - 1;
-    if (last_block >= 0) {
-      shared.q_empty[q_pipe.stage()].wait(q_pipe.parity() ^ 1);
-      if (thread_index() == 0) { load_q(map_q, shared.q_full[q_pipe.stage()], shared.q[q_pipe.stage()], tile); }
-      q_pipe.advance();
-    }
+    if (last_block < 0) { continue; }
+    auto find_block = [&](int n_block) { return loaded_block(params, tile, n_block); };
+    LoadedBlock next = find_block(last_block), before = next;
+    shared.q_empty[q_pipe.stage()].wait(q_pipe.parity() ^ 1);
+    if (thread_index() == 0) { load_q(map_q, shared.q_full[q_pipe.stage()], shared.q[q_pipe.stage()], tile); }
+    q_pipe.advance();
     for (int n_block = last_block; n_block >= 0; --n_block) {  // K runs one block ahead of V, as the consumers ask for it
-      load_k(n_block);
-      if (n_block != last_block) { load_v(n_block + 1); }
+      LoadedBlock const block = next;
+      next = find_block(max(n_block - 1, 0));  // the table is asked a block ahead, and once for K and V
+      load_k(block);
+      if (n_block != last_block) { load_v(before); }
+      before = block;
     }
-    if (last_block >= 0) { load_v(0); }
+    load_v(before);
   }
 }
 

@@ -7,6 +7,7 @@
 #include <cutlass_fa/math.cuh>
 #include <cutlass_fa/mbarrier.cuh>
 #include <cutlass_fa/named_barrier.cuh>
+#include <cutlass_fa/pages.cuh>
 #include <cutlass_fa/registers.cuh>
 #include <cutlass_fa/sequences.cuh>
 #include <cutlass_fa/shared_memory.cuh>
@@ -201,6 +202,14 @@ CUTLASS_FA_DEVICE void apply_mask(float (&acc_s)[kTileN / 2], int const (&limit)
   }
 }
 
+// A block of keys as the lanes of the producer's warp load it.
+struct LoadedBlock {
+  int n_block;
+};
+
+CUTLASS_FA_DEVICE LoadedBlock loaded_block(Params const& params, Tile const& tile, int n_block) {
+  return {n_block};
+}
 // Tensor maps of groups of 8 keys, of which the first 1, 2 .. 8 are in use: the others arrive as zeros, whatever lies there (tma.py).
 struct KeyGroupMaps {
   TensorMap of_keys[kKeyGroup];
@@ -210,14 +219,14 @@ CUTLASS_FA_DEVICE void prefetch_tensor_map(KeyGroupMaps const& maps) { prefetch_
 
 // kTileN keys of K or V of one sequence, by the lanes of a warp: each copies groups. Keys behind the sequence's end arrive as zeros, and so
 // do those of a page that does not exist, since it lies outside the array.
-CUTLASS_FA_DEVICE void load_kv(KeyGroupMaps const& maps, Mbarrier& full, char* destination, int n_block, int kv_head, Params const& params,
+CUTLASS_FA_DEVICE void load_kv(KeyGroupMaps const& maps, Mbarrier& full, char* destination, LoadedBlock const& block, int kv_head, Params const& params,
                                Tile const& tile) {
   int const lane = thread_index() % kWarpSize;
   if (lane == 0) { full.arrive_and_expect(kTileN / kKeyGroup * kKeyGroupBytes); }
   warp_sync();  // nothing arrives before it is expected
 #pragma unroll 1
   for (int group = lane; group < kTileN / kKeyGroup; group += kWarpSize) {
-    int const key = n_block * kTileN + group * kKeyGroup;
+    int const key = block.n_block * kTileN + group * kKeyGroup;
     int const used = min(tile.keys.used - key, kKeyGroup);
     int const index = key / params.page_size, row = key - index * params.page_size;
     int const page = used > 0 ? page_of(params, tile.batch, index) : -1;
@@ -279,27 +288,31 @@ CUTLASS_FA_DEVICE void produce(SharedStorage& shared, TensorMap const& map_q, Ke
   for (Tile tile = shared.tiles.get(tile_pipe); tile.first_query >= 0; tile = shared.tiles.get(tile_pipe)) {
     Params const params = params_of(all, tile);
     int const kv_head = kv_head_of(params, tile);
-    auto load_k = [&](int n_block) {
+    auto load_k = [&](LoadedBlock const& block) {
       shared.k_empty[k_pipe.stage()].wait(k_pipe.parity() ^ 1);
-      load_kv(map_k, shared.k_full[k_pipe.stage()], shared.k[k_pipe.stage()], n_block, kv_head, params, tile);
+      load_kv(map_k, shared.k_full[k_pipe.stage()], shared.k[k_pipe.stage()], block, kv_head, params, tile);
       k_pipe.advance();
     };
-    auto load_v = [&](int n_block) {
+    auto load_v = [&](LoadedBlock const& block) {
       shared.v_empty[v_pipe.stage()].wait(v_pipe.parity() ^ 1);
-      load_kv(map_v, shared.v_full[v_pipe.stage()], shared.v[v_pipe.stage()], n_block, kv_head, params, tile);
+      load_kv(map_v, shared.v_full[v_pipe.stage()], shared.v[v_pipe.stage()], block, kv_head, params, tile);
       v_pipe.advance();
     };
     int const last_block = n_block_end(params, tile.first_query + kQueriesPerTile) - 1;
-    if (last_block >= 0) {
-      shared.q_empty[q_pipe.stage()].wait(q_pipe.parity() ^ 1);
-      if (thread_index() == 0) { load_q(map_q, shared.q_full[q_pipe.stage()], shared.q[q_pipe.stage()], tile); }
-      q_pipe.advance();
-    }
+    if (last_block < 0) { continue; }
+    auto find_block = [&](int n_block) { return loaded_block(params, tile, n_block); };
+    LoadedBlock next = find_block(last_block), before = next;
+    shared.q_empty[q_pipe.stage()].wait(q_pipe.parity() ^ 1);
+    if (thread_index() == 0) { load_q(map_q, shared.q_full[q_pipe.stage()], shared.q[q_pipe.stage()], tile); }
+    q_pipe.advance();
     for (int n_block = last_block; n_block >= 0; --n_block) {  // K runs one block ahead of V, as the consumers ask for it
-      load_k(n_block);
-      if (n_block != last_block) { load_v(n_block + 1); }
+      LoadedBlock const block = next;
+      next = find_block(max(n_block - 1, 0));  // the table is asked a block ahead, and once for K and V
+      load_k(block);
+      if (n_block != last_block) { load_v(before); }
+      before = block;
     }
-    if (last_block >= 0) { load_v(0); }
+    load_v(before);
   }
 }
 

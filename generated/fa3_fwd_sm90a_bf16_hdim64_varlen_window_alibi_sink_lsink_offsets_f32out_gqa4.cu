@@ -2,6 +2,7 @@
 // cell: fa3_fwd_sm90a_bf16_hdim64_varlen_window_alibi_sink_lsink_offsets_f32out_gqa4   tile 192x128, 2 stages, 512 threads, smem 115712 B
 // regenerate: python tools/regenerate_kernels.py fa3_fwd_sm90a_bf16_hdim64_varlen_window_alibi_sink_lsink_offsets_f32out_gqa4
 // SPDX-License-Identifier: BSD-3-Clause
+#include <cutlass_fa/accumulator_rows.cuh>
 #include <cutlass_fa/atomic.cuh>
 #include <cutlass_fa/base.cuh>
 #include <cutlass_fa/math.cuh>
@@ -252,8 +253,6 @@ CUTLASS_FA_DEVICE void subtract_bias(float (&acc_s)[kSize], Params const& params
   }
 }
 
-constexpr int kSequenceEdge = 1 << 30;  // tma.py's
-
 // kTileN keys of K or V of one sequence. The map counts a sequence's rows so that its last comes right before the array's edge (tma.py):
 // keys behind it arrive as zeros, whatever lies there.
 CUTLASS_FA_DEVICE void load_kv(TensorMap const& map, Mbarrier& full, char* destination, int n_block, int kv_head, Sequence const& keys) {
@@ -279,7 +278,6 @@ CUTLASS_FA_DEVICE void load_sinks(TensorMap const& map, Mbarrier& full, char* de
 // O <- acc_o / row sum, lse <- its logarithm. Two neighbouring lanes trade pairs of columns, so that each writes 16 bytes of one row.
 CUTLASS_FA_DEVICE void store_o(Params const& params, Tile const& tile, int row_in_tile, float const (&acc_o)[kHeadDim / 2], SoftmaxRows const& rows) {
   int const quad_lane = thread_index() % 4;
-  int const odd = quad_lane % 2;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     RowResult const result = finalize(rows, r, params.learnable_sink[head_of(tile, row_in_tile + 8 * r)]);
@@ -292,14 +290,10 @@ CUTLASS_FA_DEVICE void store_o(Params const& params, Tile const& tile, int row_i
     }
     float* const o_row = static_cast<float*>(params.o) + tile.batch * params.o_stride_batch + query * params.o_stride_row + head * params.o_stride_head;
 #pragma unroll
-    for (int block = 0; block < kHeadDim / 8; block += 2) {  // accumulator blocks of 8 columns: the even lane gets this one, the odd the next
-      float const* const pair = acc_o + 4 * block + 2 * r;
-      float const x = (odd ? pair[4] : pair[0]) * result.normalizer, y = (odd ? pair[5] : pair[1]) * result.normalizer;
-      float const other_x = shuffle_xor((odd ? pair[0] : pair[4]) * result.normalizer, 1);
-      float const other_y = shuffle_xor((odd ? pair[1] : pair[5]) * result.normalizer, 1);
-      int const column = 8 * (block + odd) + quad_lane / 2 * 4;
+    for (int block = 0; block < kHeadDim / 8; block += 2) {
+      float4 const columns = traded_columns(acc_o, block, r, result.normalizer);
+      int const column = traded_column(block);
       if (in_range && column < params.head_dim) {
-        float4 const columns = odd ? make_float4(other_x, other_y, x, y) : make_float4(x, y, other_x, other_y);
         *reinterpret_cast<float4*>(o_row + column) = is_used ? columns : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
       }
     }

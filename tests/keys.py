@@ -46,6 +46,8 @@ def sampled_keys() -> tuple[DispatchKey, ...]:
                 chosen["causal"] = True
             if chosen.get("k_tokens_inner", False) or chosen.get("v_tokens_inner", False):
                 chosen["paged"] = True
+            if direction == "fwd" and chosen.get("split", False):
+                chosen["paged"] = True
             if chosen.get("paged", False):
                 chosen["varlen"] = True
                 if "dropout" in chosen:

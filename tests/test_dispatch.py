@@ -96,6 +96,7 @@ def test_key_refuses_unknown_words() -> None:
         ({"k_tokens_inner": True, "varlen": True}, "only a cache may have its tokens innermost"),
         ({"v_tokens_inner": True, "paged": True}, "paged needs varlen"),
         ({"deterministic": True}, "every forward is"),
+        ({"varlen": True, "split": True}, "split needs paged"),
         ({"direction": "bwd_convert"}, "bwd_convert is not built yet"),
         ({"family": "fa2", "direction": "bwd", "learnable_sink": True}, "the same with learnable_sink"),
         ({"family": "fa2", "direction": "bwd_convert", "learnable_sink": True}, "learnable_sink is not built yet in the fa2 bwd_convert"),

@@ -50,7 +50,7 @@ def test_template_steps_through_k_as_layouts_says(key: DispatchKey) -> None:
     for tile, chunk_bytes in ((cell.q_tile, cell.q_chunk_bytes), (cell.kv_tile, cell.kv_chunk_bytes)):
         steps = [step * 16 // cell.chunk_columns * chunk_bytes + step * 16 % cell.chunk_columns * 2 for step in range(cell.head_dim // 16)]
         assert steps == [tile.k_major_step_bytes(step) for step in range(cell.head_dim // 16)]
-    assert cell.warpgroup_q_bytes == cell.q_tile.byte_offset(64, 0)
+    assert cell.consumers == 1 or cell.warpgroup_q_bytes == cell.q_tile.byte_offset(64, 0)
 
 
 def test_tile_table_has_no_row_without_a_cell() -> None:

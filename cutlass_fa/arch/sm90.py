@@ -14,7 +14,7 @@ class Fa3FwdTile:
     """One row: tile_m query rows x tile_n keys, `stages` key blocks in flight, q_stages tiles of Q, registers per thread of each role.
 
     swizzle_bytes is the width of a shared-memory chunk: 128 unless head_dim is not a multiple of 64.
-    scheduler: "static" CTAs walk the work list side by side; "dynamic" ones take tiles from a counter.
+    scheduler: "static" CTAs walk the work list side by side; "dynamic" ones take tiles from a counter; "split" ones have equal shares.
     own_overlap: new probabilities get registers of their own, so that a warpgroup's P V runs during its softmax; else only other
     warpgroups' products do.
     """
@@ -73,8 +73,26 @@ PAGED_FA3_FWD_TILES: dict[int, Fa3FwdTile] = {
 }
 
 
+def split_tile(tile_n: int, stages: int, q_stages: int, swizzle_bytes: int = 128) -> Fa3FwdTile:
+    """A row of one consumer, whose registers nobody need give up, and as many stages as fit: what counts is bytes on their way."""
+    return Fa3FwdTile(64, tile_n, 256, 256, "split", stages, q_stages, swizzle_bytes)
+
+
+# head_dim -> tile of the cells that divide a tile's keys among CTAs, for few rows of queries. Not timed.
+SPLIT_FA3_FWD_TILES: dict[int, Fa3FwdTile] = {
+    64: split_tile(128, stages=6, q_stages=2),
+    80: split_tile(128, stages=4, q_stages=2, swizzle_bytes=64),
+    96: split_tile(128, stages=4, q_stages=2, swizzle_bytes=64),
+    128: split_tile(128, stages=3, q_stages=2),
+    192: split_tile(64, stages=4, q_stages=1),
+    256: split_tile(64, stages=3, q_stages=1),
+}
+
+
 def fa3_fwd_tile_of(head_dim: int, features: Set[str]) -> Fa3FwdTile:
     """The row of a cell. features: presence flags of dispatch.py."""
+    if "split" in features:
+        return SPLIT_FA3_FWD_TILES[head_dim]
     if "paged" in features:
         return PAGED_FA3_FWD_TILES[head_dim]
     return FA3_FWD_TILES[head_dim, bool(features & {"causal", "sliding_window"})]

@@ -131,10 +131,6 @@ class Fa2BwdCell(Cell):
         return self.key.deterministic
 
     @property
-    def is_split(self) -> bool:
-        return self.key.split
-
-    @property
     def has_split_rows(self) -> bool:
         return self.tile.warps_n < WARPS_PER_GROUP
 

@@ -36,6 +36,7 @@ class Fa3FwdCell(SwizzledCell):
             (self.tile.tile_m % 64 != 0, f"tile_m {self.tile.tile_m} is no multiple of a warpgroup's 64 rows"),
             (self.tile.tile_n % MMA_K != 0, f"tile_n {self.tile.tile_n} is no multiple of {MMA_K}"),
             (registers > REGISTERS_PER_SM, f"{registers} registers"),
+            (self.is_split and (self.consumers > 1 or self.tile.own_overlap), "a part of a tile is one consumer's, without own overlap"),
         )
         return [reason for refused, reason in checks if refused]
 
@@ -105,7 +106,7 @@ class Fa3FwdCell(SwizzledCell):
 
     @property
     def k_place(self) -> str:
-        """What says where a tile's keys lie in the tensor map of k."""
+        """What says where a tile's keys lie in the tensor maps of k."""
         return self._kv_place("k")
 
     @property
@@ -113,12 +114,39 @@ class Fa3FwdCell(SwizzledCell):
         """The same of v."""
         return self._kv_place("v")
 
+    @property
+    def kv_hint(self) -> str:
+        """What the L2 cache should do with keys: those of a tile that is divided are read once, others by all tiles of their head."""
+        return "kEvictFirst" if self.is_split else "kEvictLast"
+
     def _kv_place(self, array: str) -> str:
         if self._tokens_inner(array):
             return "params, tile"
         if self.is_paged:
-            return f"params, tile, {{params.{array}_page_step, params.{array}_row_step}}"
+            return f"params, {{params.{array}_page_step, params.{array}_row_step}}"
         return "tile.keys" if self.is_varlen else "tile.batch"
+
+    @property
+    def end_of_blocks(self) -> str:
+        """Where the key blocks of a tile end that a CTA works on, as the loop counts them."""
+        if self.is_split:
+            return "tile.own.end"
+        return "blocks.count()" if self.has_window else "n_block_end(params, tile.first_query + kQueriesPerTile)"
+
+    @property
+    def first_block(self) -> str:
+        """The last of them that the loop comes to."""
+        return "tile.own.begin" if self.is_split else "0"
+
+    @property
+    def is_scheduler(self) -> str:
+        """Which threads of the producer's warpgroup find the tiles."""
+        return "thread_index() / kWarpSize == 1" if self.is_split else "thread_index() == kWarpSize"
+
+    @property
+    def result_threads(self) -> int:
+        """Threads that hold a tile's result."""
+        return WARPGROUP_THREADS * self.consumers
 
     def _tokens_inner(self, array: str) -> bool:
         return {"k": self.key.k_tokens_inner, "v": self.key.v_tokens_inner}[array]
@@ -196,7 +224,8 @@ class Fa3FwdCell(SwizzledCell):
     @property
     def smem_bytes(self) -> int:
         """sizeof(SharedStorage): the rings of Q, K and V, their mbarriers of 8 bytes and the tile queue, padded to 1024."""
-        queue_bytes = (56 if self.is_varlen else 24) * self.has_dynamic_scheduler
+        tile_bytes = (60 if self.is_split else 36) if self.is_varlen else 4
+        queue_bytes = round_up(2 * 8 + tile_bytes, 8) * self.has_queue + 4 * self.is_split
         kv_bytes = sum((self.key_group_tile if self._tokens_inner(array) else self.kv_tile).size_bytes for array in "kv")
         data = self.q_stages * round_up(self.q_tile.size_bytes, 1024) + self.stages * round_up(kv_bytes, 1024)
         return round_up(data + 8 * (2 * self.q_stages + 4 * self.stages) + queue_bytes, 1024)
@@ -278,7 +307,31 @@ class Fa3FwdCell(SwizzledCell):
 
     @property
     def has_dynamic_scheduler(self) -> bool:
-        return self.is_varlen or self.tile.scheduler == "dynamic"
+        """Whether CTAs take tiles from a counter."""
+        return self.has_tile_list or (self.tile.scheduler == "dynamic" and not self.is_split)
+
+    @property
+    def has_dense_counter(self) -> bool:
+        return self.has_dynamic_scheduler and not self.is_varlen
+
+    @property
+    def has_static_scheduler(self) -> bool:
+        return not (self.has_dynamic_scheduler or self.is_split)
+
+    @property
+    def has_queue(self) -> bool:
+        """Whether one thread tells the others which tile comes next."""
+        return self.has_dynamic_scheduler or self.is_split
+
+    @property
+    def has_turns(self) -> bool:
+        """Whether consumers take turns at the tensor cores."""
+        return self.consumers > 1
+
+    @property
+    def has_register_moves(self) -> bool:
+        """Whether the producer gives registers to the consumers: one consumer has as many as a thread can use."""
+        return self.consumers > 1
 
     @property
     def has_own_overlap(self) -> bool:

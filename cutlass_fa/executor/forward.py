@@ -16,6 +16,7 @@ from ..cells.swizzled import SwizzledCell
 from ..device import DeviceInfo
 from ..extras import EXTRA_NAMES, ExtraSpecs
 from ..launches import fa2_fwd, fa3_fwd
+from ..launches.split import PartsWorkspace
 from ..problem import Problem
 from ..render import render
 from ..request_parts import PersistentMode, Window
@@ -59,6 +60,7 @@ def run_forward(
     persistent: PersistentMode | None = None,
     out_like: np.ndarray | None = None,
     cached: bool = False,
+    num_splits: int = 0,
     device: DeviceInfo = SMALL_DEVICE,
     time_limit_s: int = DEFAULT_TIME_LIMIT_S,
     **extras: np.ndarray | None,
@@ -74,7 +76,8 @@ def run_forward(
     q_offset, k_offset: positions of the first query and key, where the cell has offsets.
     persistent: default Persistent(), as the launcher's, in the family that has it.
     out_like: an array whose shape and strides the output has; default contiguous.
-    cached: k and v are a KV cache, where the cell is of one. extras: those of ExtraSpecs that the cell has.
+    cached: k and v are a KV cache, where the cell is of one; num_splits: parts of a sequence's keys, where the cell divides them.
+    extras: those of ExtraSpecs that the cell has.
 
     Raises ExecutorFault where the kernel misbehaves (also when it writes around a strided output, or leaves some of an output unwritten),
     ExecutorError and HostCompileError, and what Problem.from_specs raises for bad arguments.
@@ -94,6 +97,7 @@ def run_forward(
         "float_out": cell.key.float_out,
         "persistent": persistent,
         "cached": cached,
+        "num_splits": num_splits,
     }
     problem = _problem(cell, q, k, v, out_like, options)
     memory = GlobalMemory()
@@ -102,15 +106,15 @@ def run_forward(
     out = Output.add(memory, problem.out)
     lse_shape = problem.lse_shape
     lse = memory.add("lse", np.full(4 * int(np.prod(lse_shape)), POISON_BYTE, np.uint8), writable=True)
-    counter = memory.add("tile_counter", np.zeros(4, np.uint8), writable=True)
-    buffers |= {"o": out.buffer, "lse": lse, "tile_counter": counter}
-    if cell.is_varlen:
+    buffers |= {"o": out.buffer, "lse": lse}
+    counters = _add_counters(problem, cell, buffers, memory, device)
+    if cell.has_tile_list:
         buffers["tile_list"] = _list_tiles(problem, cell, buffers, memory, seed)
     grid, arguments = _arguments(problem, cell, buffers, random_state, device)
     launch(program, grid, arguments, memory, seed=seed, time_limit_s=time_limit_s)
     name = f"{program.source.name}, seed {seed}"
-    if counter.data.any():
-        raise ExecutorFault("fault", f"{name}: fault: the tile counter is {counter.data.view(np.int32)[0]} after the launch, not 0")
+    if counters.data.any():
+        raise ExecutorFault("fault", f"{name}: fault: {counters.name} is {counters.data.view(np.int32)} after the launch, not 0")
     out_bits, lse_bits = out.values(name).reshape(problem.out_shape), lse.data.view(np.uint32).reshape(lse_shape)
     check_written(name, "out", out_bits)
     check_written(name, "lse", lse_bits)
@@ -139,6 +143,19 @@ def _arguments(
     return grid, [*maps, params.tobytes()]
 
 
+def _add_counters(problem: Problem, cell: Cell, buffers: dict[str, Buffer], memory: GlobalMemory, device: DeviceInfo) -> Buffer:
+    """What tiles or their parts are counted on, and the parts' workspace, which holds NaN."""
+    if not (isinstance(cell, Fa3FwdCell) and cell.is_split):
+        buffers["tile_counter"] = memory.add("tile_counter", np.zeros(4, np.uint8), writable=True)
+        return buffers["tile_counter"]
+    grid = fa3_fwd.grid_of(problem, cell, device)
+    workspace = PartsWorkspace.of(problem, cell, grid)
+    for name, floats in (("part_o", workspace.places * workspace.head_dim), ("part_rows", 2 * workspace.places)):
+        buffers[name] = memory.add(name, np.full(4 * floats, POISON_BYTE, np.uint8), writable=True)
+    buffers["part_counters"] = memory.add("part_counters", np.zeros(4 * grid, np.uint8), writable=True)
+    return buffers["part_counters"]
+
+
 def _list_tiles(problem: Problem, cell: Cell, buffers: Mapping[str, Buffer], memory: GlobalMemory, seed: int) -> Buffer:
     """The list of tiles of packed sequences, by its kernel."""
     assert isinstance(cell, SwizzledCell)
@@ -158,7 +175,7 @@ def _problem(cell: Cell, q: np.ndarray, k: np.ndarray, v: np.ndarray, out_like: 
         family=cell.key.family,
         **options,
     )
-    key = replace(problem.request.dispatch_key(), head_dim=cell.key.head_dim, gqa_ratio=cell.key.gqa_ratio)
+    key = replace(problem.request.dispatch_key(), head_dim=cell.key.head_dim, gqa_ratio=cell.key.gqa_ratio, split=cell.key.split)
     if key != cell.key:
         raise ExecutorError(f"the call needs {key}, and the kernel is {cell.key}")
     return problem

@@ -31,6 +31,7 @@ from ..requests import Fa3FwdRequest
 from ..tile_counters import tile_counters
 from ..tma import TensorMapGeometry, TensorMaps, page_steps
 from .sequence_tiles import SequenceTilesLaunch, capacity
+from .split import PartsWorkspace, num_splits_of, split_grid
 
 
 class Fa3FwdPlan:
@@ -43,15 +44,19 @@ class Fa3FwdPlan:
         self.problem = problem
         self.kernel = kernel
         self._maps = TensorMaps(*map_geometries(problem, cell))
-        params = pack_params(problem, cell, device_info(device))
-        launch = KernelLaunch(kernel, device, params, grid_of(problem, cell, device_info(device)), num_maps=3)
-        # The first words of Params: o, lse, and tile_counter and the extra arrays where there are any.
+        grid = grid_of(problem, cell, device_info(device))
+        launch = KernelLaunch(kernel, device, pack_params(problem, cell, device_info(device)), grid, num_maps=3)
+        # The first words of Params: o, lse, and where there are any tile_counter, or part_counters, part_o and part_rows, and extra arrays.
         self._pointers, self._arguments = launch.params, launch.arguments
         self._go, self._address = launch.go, launch.address
         self.extra_words = extra_words(cell.params, problem.extras)
         self._tiles = None if tiles_kernel is None else SequenceTilesLaunch(problem, tiles_kernel, cell, cell.queries_per_tile)
+        self._parts = PartsWorkspace.of(problem, cell, grid) if cell.is_split else None
         self.workspace_floats = 0 if self._tiles is None else self._tiles.list_floats
-        self._counters = tile_counters(device) if cell.has_dynamic_scheduler else None
+        if self._parts is not None:
+            self.workspace_floats = self._parts.floats
+        self._counters = tile_counters(device) if cell.has_queue else None
+        self._num_counters = grid if cell.is_split else 1
         self._lock = threading.Lock()
 
     def run(
@@ -71,7 +76,9 @@ class Fa3FwdPlan:
             pointers[0] = out
             pointers[1] = lse
             if self._counters is not None:
-                pointers[2] = self._counters.take(stream)
+                pointers[2] = self._counters.take(stream, self._num_counters)
+            if self._parts is not None:
+                pointers[3], pointers[4] = workspace, workspace + self._parts.part_rows_bytes
             if extras:
                 for word, address in zip(self.extra_words.values(), extras, strict=True):
                     pointers[word] = address
@@ -125,6 +132,7 @@ def pack_params(problem: Problem, cell: Fa3FwdCell, device: DeviceInfo) -> np.nd
             **window_values(request),
             **alibi_values(request, problem.extras.alibi_slopes),
             "heads_per_section": heads_per_section(keys_in_memory(problem), work_heads, device),
+            "num_splits": num_splits_of(problem, cell),
             **cache_values(problem, cell.tile_n),
         },
     )
@@ -157,4 +165,7 @@ def num_tiles_of(problem: Problem, cell: Fa3FwdCell) -> int:
 def grid_of(problem: Problem, cell: Fa3FwdCell, device: DeviceInfo) -> int:
     """CTAs of a launch, by the request's persistent mode."""
     assert isinstance(problem.request, Fa3FwdRequest)
-    return grid_size(problem.request.persistent or Persistent(), num_tiles_of(problem, cell), device)
+    mode = problem.request.persistent or Persistent()
+    if cell.is_split:
+        return split_grid(problem, cell, mode, device)
+    return grid_size(mode, num_tiles_of(problem, cell), device)

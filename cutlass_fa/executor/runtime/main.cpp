@@ -10,9 +10,12 @@
 #include <cstring>
 #include <fstream>
 #include <iterator>
+#include <numeric>
 #include <sys/mman.h>
 #include <ucontext.h>
 #include <unistd.h>
+#include <utility>
+#include <vector>
 
 #include <cutlass_fa_executor/cuda_words.hpp>
 
@@ -222,6 +225,15 @@ void reset_cluster(int first_index, Request const& request) {
   }
 }
 
+// One after another, in any order: nothing may depend on which comes first.
+std::vector<int> order_of_clusters(int clusters, std::uint64_t seed) {
+  Random random(~seed);
+  std::vector<int> order(clusters);
+  std::iota(order.begin(), order.end(), 0);
+  for (int last = clusters - 1; last > 0; --last) { std::swap(order[last], order[random.below(last + 1)]); }
+  return order;
+}
+
 void call_kernel() { cutlass_fa_call_kernel(arguments.data()); }
 
 void read_request(char const* path) {
@@ -286,8 +298,8 @@ int run(char const* request_path, char const* result_path) {
   gridDim = {request.grid, 1, 1};
   blockDim = {request.threads, 1, 1};
   seed_hostility(request.seed);
-  for (int index = 0; index < static_cast<int>(request.grid); index += cluster.size()) {
-    reset_cluster(index, request);
+  for (int const cluster_index : order_of_clusters(static_cast<int>(request.grid) / cluster.size(), request.seed)) {
+    reset_cluster(cluster_index * cluster.size(), request);
     run_cluster(call_kernel);
   }
   std::ofstream out(result_path, std::ios::binary);

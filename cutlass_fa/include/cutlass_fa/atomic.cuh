@@ -9,7 +9,15 @@ namespace cutlass_fa {
 // Adds `value` and returns what was there before; relaxed order, visible to the whole GPU.
 CUTLASS_FA_DEVICE int atomic_add(int* address, int value) { return atomicAdd(address, value); }
 
-// The same in shared memory, visible to the CTA.
+// The same in order (acquire and release, of the whole GPU): what this thread knew to be written before is visible to whoever sees the
+// addition this way, and what those knew who added before is visible to this thread; a barrier passes it on to the CTA's other threads.
+CUTLASS_FA_DEVICE int atomic_add_in_order(int* address, int value) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;" : "=r"(before) : "l"(address), "r"(value) : "memory");
+  return before;
+}
+
+// In shared memory, in relaxed order, visible to the CTA.
 CUTLASS_FA_DEVICE int shared_atomic_add(int* address, int value) { return atomicAdd(address, value); }
 
 // Adds without telling what was there, so that the addition happens in the L2 cache; the order of several additions is not fixed.

@@ -9,6 +9,8 @@
 
 namespace cutlass_fa {
 
+constexpr int kSequenceEdge = 1 << 30;  // where tensor maps of sequences and pages end: tma.py's SEQUENCE_EDGE
+
 struct Sequence {
   int first;  // its first row in the packed array
   int rows;   // how many rows are its own

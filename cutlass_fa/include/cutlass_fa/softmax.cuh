@@ -107,23 +107,26 @@ struct RowResult {
   float lse;
 };
 
-CUTLASS_FA_DEVICE RowResult finalize(SoftmaxRows const& rows, int r) {
-  float const sum = quad_sum(rows.sum[r]);
+// origin, sum: of the whole row.
+CUTLASS_FA_DEVICE RowResult result_of(float origin, float sum) {
   bool const empty = sum == 0.0f;
-  return {empty ? 0.0f : 1.0f / sum, empty ? negative_infinity() : (rows.origin[r] + log2_approx(sum)) * kLn2};
+  return {empty ? 0.0f : 1.0f / sum, empty ? negative_infinity() : (origin + log2_approx(sum)) * kLn2};
 }
+
+CUTLASS_FA_DEVICE RowResult finalize(SoftmaxRows const& rows, int r) { return result_of(rows.origin[r], quad_sum(rows.sum[r])); }
 
 // The same with a logit that has no key and no value and only joins the row's sum (natural logarithm, not scaled; -inf: none). The sum is
 // measured from the larger of the two, so that neither overflows. A row without keys: 0 and the logit.
-CUTLASS_FA_DEVICE RowResult finalize(SoftmaxRows const& rows, int r, float logit) {
-  float const sum = quad_sum(rows.sum[r]);
+CUTLASS_FA_DEVICE RowResult result_of(float origin, float sum, float logit) {
   float const logit_log2 = logit * kLog2E;
-  float const origin = fmaxf(rows.origin[r], logit_log2);
-  float const rescale = exp2_approx(rows.origin[r] - origin);
-  float const total = sum * rescale + exp2_approx(logit_log2 - origin);
-  float const lse = (logit_log2 > rows.origin[r] ? logit : rows.origin[r] * kLn2) + log2_approx(total) * kLn2;
+  float const larger = fmaxf(origin, logit_log2);
+  float const rescale = exp2_approx(origin - larger);
+  float const total = sum * rescale + exp2_approx(logit_log2 - larger);
+  float const lse = (logit_log2 > origin ? logit : origin * kLn2) + log2_approx(total) * kLn2;
   bool const empty = sum == 0.0f;  // its origin may be -inf, and the numbers above NaN
   return {empty ? 0.0f : rescale / total, empty ? logit : lse};
 }
+
+CUTLASS_FA_DEVICE RowResult finalize(SoftmaxRows const& rows, int r, float logit) { return result_of(rows.origin[r], quad_sum(rows.sum[r]), logit); }
 
 }  // namespace cutlass_fa

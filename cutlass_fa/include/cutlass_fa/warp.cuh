@@ -47,6 +47,23 @@ CUTLASS_FA_DEVICE float warp_sum(float value) {
   return value;
 }
 
+CUTLASS_FA_DEVICE int warp_sum(int value) {
+#pragma unroll
+  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) { value += shuffle_xor(value, distance); }
+  return value;
+}
+
+// The sum over this lane and those before it (Hillis and Steele 1986).
+CUTLASS_FA_DEVICE int warp_running_sum(int value) {
+  int const lane = static_cast<unsigned>(thread_index()) % kWarpSize;
+#pragma unroll
+  for (int distance = 1; distance < kWarpSize; distance *= 2) {
+    int const before = shuffle(value, max(lane - distance, 0));
+    value += lane >= distance ? before : 0;
+  }
+  return value;
+}
+
 // 4 x 4 transpose of words inside each quad: lane i's word j becomes lane j's word i.
 CUTLASS_FA_DEVICE void quad_transpose(uint32_t (&word)[4], int quad_lane) {
   bool const odd = quad_lane & 1;

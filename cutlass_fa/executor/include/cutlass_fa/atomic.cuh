@@ -13,6 +13,13 @@ CUTLASS_FA_DEVICE int atomic_add(int* address, int value, CUTLASS_FA_SITE) {
   return before;
 }
 
+CUTLASS_FA_DEVICE int atomic_add_in_order(int* address, int value, CUTLASS_FA_SITE) {
+  executor::check_atomic(address, sizeof(int), site);
+  int const before = *address;
+  *address = before + value;
+  return before;
+}
+
 CUTLASS_FA_DEVICE int shared_atomic_add(int* address, int value, CUTLASS_FA_SITE) { return executor::shared_atomic_add(address, value, site); }
 
 CUTLASS_FA_DEVICE void atomic_add(float* address, float value, CUTLASS_FA_SITE) {
