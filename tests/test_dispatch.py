@@ -122,7 +122,7 @@ def test_valid_keys_are_what_lookup_serves() -> None:
     combinations = 2 * len(CELL_HEAD_DIMS)  # dtypes x head_dims
     masks = 12 + 11  # causal, alibi, and a window, which may have sink tokens: each with offsets too, but for none of them
     counts = Counter((key.family, key.direction) for key in valid)
-    assert counts["fa3", "fwd"] == combinations * 6 * 2**3 * masks  # varlen and four caches; lsink, softcap, float_out
+    assert counts["fa3", "fwd"] == combinations * 10 * 2**3 * masks  # varlen and four caches, each split too; lsink, softcap, float_out
     assert counts["fa2", "fwd"] == combinations * 8 * 2**3 * masks * len(ARCHS)  # dropout or, with varlen, paged of 4 layouts; as fa3
     assert set(counts) == set(BUILT_FLAGS)
     assert all(DISPATCH_TABLE.lookup(key) is key for key in valid)
