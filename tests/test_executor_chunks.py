@@ -4,15 +4,16 @@ that its tile holds beside it, nor on how heads are packed."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, product
 from typing import Any
 
 import numpy as np
 import pytest
 
 from cutlass_fa.cell import Cell
-from cutlass_fa.dispatch import DispatchKey
+from cutlass_fa.dispatch import ARCHS, CELL_HEAD_DIMS, DispatchKey
 from cutlass_fa.executor import ExecutorKernel, Program, compiler_problem, run_forward
 from cutlass_fa.executor.forward import Forward
 from cutlass_fa.render import render
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.skipif(compiler_problem() is not None, reason=str(compi
 CHUNKS = (1, 63, 64, 100, 72)
 PROMPT = sum(CHUNKS)
 PAGE = 16
+FLAGS = ("causal", "sliding_window", "alibi", "learnable_sink", "softcap", "k_tokens_inner", "v_tokens_inner")
 LOUD = 6.0  # of queries: scores grow from block to block, so that rows move their origins, each when its own scores say so
 
 
@@ -77,7 +79,7 @@ def run_cached(key: DispatchKey, q: np.ndarray, k: np.ndarray, v: np.ndarray) ->
     table = np.random.default_rng(1).permutation(-(-len(k) // PAGE)).astype(np.int32)[None]
     layouts = ("tokens" if inner else "rows" for inner in (key.k_tokens_inner, key.v_tokens_inner))
     caches = [pages_of(layout, x, table) for layout, x in zip(layouts, (k, v), strict=True)]
-    sequence = {"block_table": table, "seqused_k": np.array([len(k)], np.int32)}
+    sequence = {"block_table": table, "seqused_k": np.array([len(k)], np.int32), "cu_seqlens_q": np.array([0, len(q)], np.int32)}
     return run_forward(Cell.of(key), q, *caches, seed=len(q), program=program_of(key), cached=True, **sequence, **features(key, q.shape[1]))
 
 
@@ -94,7 +96,9 @@ def run_packed(key: DispatchKey, q: np.ndarray, k: np.ndarray, v: np.ndarray) ->
         ("fa3_fwd_sm90a_f16_hdim64_causal_varlen_window_sink_lsink_paged", ""),
         ("fa3_fwd_sm90a_bf16_hdim256_causal_varlen_alibi_paged_kinner_softcap", ""),
         ("fa3_fwd_sm90a_bf16_hdim80_causal_varlen", "fa3_fwd_sm90a_bf16_hdim80_causal_varlen_gqa4"),
-        ("fa2_fwd_sm90a_bf16_hdim128_causal_varlen", ""),
+        ("fa2_fwd_sm90a_bf16_hdim128_causal_varlen_paged", "fa2_fwd_sm90a_bf16_hdim128_causal_varlen_paged_gqa4"),
+        ("fa2_fwd_sm80_f16_hdim64_causal_varlen_alibi_paged_kinner_vinner", ""),
+        ("fa2_fwd_sm86_bf16_hdim128_causal_varlen_paged", "fa2_fwd_sm86_bf16_hdim128_causal_varlen_paged_gqa4"),
         ("fa2_fwd_sm80_f16_hdim64_causal_varlen_window_sink_lsink", ""),
     ],
 )
@@ -110,3 +114,13 @@ def test_chunks_give_the_bits_of_one_pass(name: str, chunk_name: str) -> None:
         assert part.lse.tobytes() == np.ascontiguousarray(whole.lse[:, rows]).tobytes(), f"rows {rows}"
     sequence = {f"cu_seqlens_{side}": np.array([0, PROMPT], np.int32) for side in "qk"}
     check_forward(whole.out, whole.lse, q, k, v, case=name, causal=True, **features(key, q.shape[1]), **sequence)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("head_dim", CELL_HEAD_DIMS)
+def test_packed_heads_have_blocks_of_as_many_keys(arch: str, head_dim: int) -> None:
+    """Of every cell on a cache: a chunk that is short enough to have its heads packed sums by the blocks that the pass has."""
+    families = ("fa2", "fa3") if arch == "sm_90a" else ("fa2",)
+    for family, *flags in product(families, *[(False, True)] * len(FLAGS)):
+        key = DispatchKey(family, "fwd", arch, "bf16", head_dim, varlen=True, paged=True, **dict(zip(FLAGS, flags, strict=True)))  # type: ignore[arg-type]
+        assert Cell.of(key).tile_n == Cell.of(replace(key, gqa_ratio=4)).tile_n, key

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from .limits import table_arch
@@ -33,14 +33,16 @@ class Fa2FwdTile:
 
 def fa2_fwd_tile(arch: str, head_dim: int, *, causal: bool, features: Set[str] = frozenset(), packed: bool = False) -> Fa2FwdTile:
     """The row of an architecture, or of the nearest older one that has a table. features: presence flags of dispatch.py. packed: whether
-    the rows are of several query heads, which only short queries have."""
+    the rows are of several query heads, which only short queries have; on a cache their blocks have as many keys as those of single heads,
+    since a row's sums go by blocks: a prompt's short chunks then give the bits that one pass gives."""
     table = _TABLES[table_arch(arch)]
-    if packed:
+    if packed and "paged" not in features:
         return table.packed[head_dim]
-    for needed, rows in table.cramped:
-        if features >= set(needed.split()) and head_dim in rows:
-            return rows[head_dim]
-    return table.tiles[head_dim, causal]
+    single = next(
+        (rows[head_dim] for needed, rows in table.cramped if features >= set(needed.split()) and head_dim in rows),
+        table.tiles[head_dim, causal],
+    )
+    return replace(table.packed[head_dim], tile_n=single.tile_n) if packed else single
 
 
 _Rows: TypeAlias = tuple[tuple[str, dict[int, Fa2FwdTile]], ...]
@@ -95,7 +97,13 @@ _PAGED_TILES: dict[int, Fa2FwdTile] = {
 _TOKENS_INNER: dict[int, Fa2FwdTile] = {192: Fa2FwdTile(4, 16, 32, 1), 256: Fa2FwdTile(4, 16, 32, 1)}
 _PAGED_FIRST: _Rows = (("k_tokens_inner", _TOKENS_INNER), ("v_tokens_inner", _TOKENS_INNER), ("paged alibi", _PAGED_ALIBI))
 _PAGED: _Rows = (*_PAGED_FIRST, ("paged", _PAGED_TILES))
-_PAGED_SMALL: _Rows = (*_PAGED_FIRST, ("paged", {**_PAGED_TILES, 256: Fa2FwdTile(4, 16, 32, 1)}))
+_SMALL_TOKENS_INNER: dict[int, Fa2FwdTile] = {128: Fa2FwdTile(4, 16, 32, 1)}
+_PAGED_SMALL: _Rows = (  # blocks of as many keys as packed heads have room for
+    ("k_tokens_inner", _SMALL_TOKENS_INNER),
+    ("v_tokens_inner", _SMALL_TOKENS_INNER),
+    *_PAGED_FIRST,
+    ("paged", {**_PAGED_TILES, 128: Fa2FwdTile(8, 16, 32, 1), 256: Fa2FwdTile(4, 16, 32, 1)}),
+)
 _HOPPER_DROPOUT: _Rows = (
     ("dropout sliding_window", {64: Fa2FwdTile(4, 32, 32, 2)}),
     (

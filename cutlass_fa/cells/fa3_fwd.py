@@ -374,12 +374,6 @@ class Fa3FwdCell(SwizzledCell):
         return self.has_alibi and not self.has_row_bias
 
     @property
-    def has_row_bias(self) -> bool:
-        """Whether each row has a bias of its own: where it may have a slope of its own, and on a cache, where rows must not depend on those
-        beside them, so that a prompt in chunks gives the bits of one pass."""
-        return self.has_alibi and (self.is_packed or self.is_paged)
-
-    @property
     def bias_argument(self) -> str:
         """What the softmax is told of a bias."""
         return "bias, " if self.has_linear_bias else ""

@@ -42,6 +42,12 @@ class SwizzledCell(Cell):
         return "num_heads_kv" if self.is_packed else "num_heads_q"
 
     @property
+    def has_row_bias(self) -> bool:
+        """Whether each row has a bias of its own: where it may have a slope of its own, and on a cache, where rows must not depend on those
+        beside them, so that a prompt in chunks gives the bits of one pass."""
+        return self.has_alibi and (self.is_packed or self.is_paged)
+
+    @property
     def out_element(self) -> str:
         """The C type of what is written to out."""
         return "float" if self.has_float_out else "Element"
