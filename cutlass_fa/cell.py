@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from .arch.limits import limits_of
-from .dispatch import DISPATCH_TABLE, DispatchKey
+from .dispatch import DISPATCH_TABLE, FP8_DTYPES, DispatchKey
 from .params import ParamField, params_dtype
 
 _ELEMENTS = {"bf16": "bfloat16", "f16": "float16"}
@@ -28,10 +28,10 @@ class Cell(ABC):
     @staticmethod
     def of(key: DispatchKey) -> Cell:
         """The cell that serves `key`. Raises UnsupportedCell with every reason when there is none."""
-        from .cells import CELL_CLASSES  # here, because its classes are made from this one
+        from .cells import cell_class  # here, because its classes are made from this one
 
         DISPATCH_TABLE.lookup(key)
-        cell = CELL_CLASSES[key.family, key.direction].for_key(key)
+        cell = cell_class(key).for_key(key)
         cell.check_limits()
         return cell
 
@@ -173,6 +173,11 @@ class Cell(ABC):
     @property
     def has_dropout(self) -> bool:
         return self.key.dropout
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether q, k and v are of 8 bits."""
+        return self.key.dtype in FP8_DTYPES
 
     @property
     def has_float_out(self) -> bool:

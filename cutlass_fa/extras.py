@@ -18,7 +18,8 @@ from .params import ParamField
 @dataclass(frozen=True)
 class ExtraSpecs:
     """alibi_slopes: float32 (num_heads_q,) or (batch, num_heads_q). learnable_sink: float32 (num_heads_q,). cu_seqlens_q, cu_seqlens_k:
-    int32 (batch + 1,) of packed sequences; seqused_q, seqused_k: int32 (batch,)."""
+    int32 (batch + 1,) of packed sequences; seqused_q, seqused_k: int32 (batch,). q_descale, k_descale, v_descale: positive float32
+    (batch, num_heads_kv) or one number, the latter two also (batch, num_heads_kv, blocks of DESCALE_BLOCK keys); any strides."""
 
     alibi_slopes: ArraySpec | None = None
     learnable_sink: ArraySpec | None = None
@@ -26,6 +27,19 @@ class ExtraSpecs:
     cu_seqlens_k: ArraySpec | None = None
     seqused_q: ArraySpec | None = None
     seqused_k: ArraySpec | None = None
+    q_descale: ArraySpec | None = None
+    k_descale: ArraySpec | None = None
+    v_descale: ArraySpec | None = None
+
+    @property
+    def has_descale(self) -> bool:
+        """Whether there are factors of fp8 q, k or v."""
+        return any(getattr(self, name) is not None for name in DESCALE_NAMES)
+
+    @property
+    def has_block_descale(self) -> bool:
+        """Whether some are for each block of keys."""
+        return any(spec is not None and len(spec.shape) == 3 for spec in (self.k_descale, self.v_descale))
 
     @property
     def is_packed(self) -> bool:
@@ -50,8 +64,9 @@ class ExtraSpecs:
         """extras: arrays or None in the order of EXTRA_NAMES."""
         return cls(*(None if array is None else library.spec(array) for array in extras))
 
-    def check(self, q: ArraySpec, batch: int) -> None:
-        """Raises InvalidArgument, naming the array, where one is not what it should be, or not where q (..., num_heads_q, head_dim) is."""
+    def check(self, q: ArraySpec, batch: int, num_heads_kv: int, seqlen_k: int) -> None:
+        """Raises InvalidArgument, naming the array, where one is not what it should be, or not where q (..., num_heads_q, head_dim) is.
+        seqlen_k: keys of the longest sequence."""
         if self.alibi_slopes is not None:
             _check_slopes(self.alibi_slopes, batch, q.shape[-2])
         if self.learnable_sink is not None:
@@ -60,12 +75,19 @@ class ExtraSpecs:
             spec = getattr(self, name)
             if spec is not None:
                 _check_lengths(name, spec, length)
+        for name in DESCALE_NAMES:
+            factors = getattr(self, name)
+            if factors is not None:
+                _check_factors(name, factors, (batch, num_heads_kv), -(-seqlen_k // DESCALE_BLOCK))
         for field in fields(self):
             spec = getattr(self, field.name)
             if spec is not None:
                 check_device(field.name, spec, q)
 
 
+DESCALE_BLOCK = 128  # keys that share a factor
+DESCALE_NAMES = ("q_descale", "k_descale", "v_descale")
+NO_DESCALES = (None, None, None)  # of a call's extra arrays
 NO_EXTRAS = ExtraSpecs()
 EXTRA_NAMES = tuple(field.name for field in fields(ExtraSpecs))
 
@@ -95,6 +117,16 @@ def _check_slopes(slopes: ArraySpec, batch: int, num_heads_q: int) -> None:
             f"alibi_slopes has shape {slopes.shape}: expected ({num_heads_q},) or ({batch}, {num_heads_q}), a slope a head"
         )
     _check_numbers("alibi_slopes", slopes, "float32")
+
+
+def _check_factors(name: str, factors: ArraySpec, heads: tuple[int, int], key_blocks: int) -> None:
+    """heads: (batch, num_heads_kv)."""
+    by_block = name != "q_descale" and len(factors.shape) == 3
+    if factors.shape not in ((), (1,), heads) and not (by_block and factors.shape[:2] == heads and factors.shape[2] >= key_blocks):
+        more = "" if name == "q_descale" else f" or {(*heads, key_blocks)}, a factor for each {DESCALE_BLOCK} keys"
+        raise InvalidArgument(f"{name} has shape {factors.shape}: expected one factor, or {heads}, (batch, num_heads_kv){more}")
+    if factors.dtype != "float32":
+        raise InvalidArgument(f"{name} has dtype {factors.dtype}: expected float32; convert it with astype")
 
 
 def _check_lengths(name: str, spec: ArraySpec, length: int) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .dispatch import DispatchKey
+from .dispatch import FP8_DTYPES, DispatchKey
 
 # C type -> NumPy type of the same size and alignment.
 _NUMPY_TYPES = {
@@ -87,10 +87,24 @@ _WINDOW_LEFT = ParamField("window_left", "int", "keys before a query's position 
 _WINDOW_RIGHT = ParamField("window_right", "int", "keys after a query's position that it sees")
 _SINK_TOKENS = ParamField("sink_tokens", "int", "first keys, seen however far they lie before a window; at most seqlen_k")
 _POSITION_SHIFT = ParamField("position_shift", "int", "q_offset - k_offset: query i stands at the index i + position_shift of the keys")
+_OUT_SCALE = ParamField("out_scale", "float", "factor of the output: v's, where all of v has one")
 ALIBI_SLOPES = ParamField("alibi_slopes", "float*", "(num_heads_q,) or (batch, num_heads_q)")
 ALIBI_STRIDE = ParamField("alibi_stride_batch", "int64_t", "elements; 0 where all sequences share the slopes")
 LEARNABLE_SINK = ParamField("learnable_sink", "float*", "(num_heads_q,) a logit without a key in each row of a head, -inf for none")
 _ALIBI_SCALE = ParamField("alibi_scale", "float", "log2(e) / softmax_scale_log2: a bias in units of the scores")
+
+_DESCALES = tuple(
+    ParamField(f"{x}_descale", "float*", f"factors of stored {x}: (batch, num_heads_kv){blocks}, or null: 1")
+    for x, blocks in (("q", ""), ("k", " or (batch, num_heads_kv, key blocks)"), ("v", " or (batch, num_heads_kv, key blocks)"))
+)
+_DESCALE_STRIDES = tuple(
+    ParamField(f"{x}_descale_stride_{axis}", "int64_t", "elements; 0 where all share a factor") for x in "qkv" for axis in ("batch", "head")
+)
+_BLOCK_DESCALES = tuple(
+    ParamField(f"{x}_descale_{name}", "int64_t", meaning)
+    for x in "kv"
+    for name, meaning in (("stride_block", "elements; 0 where all blocks share a factor"), ("blocks", "blocks that have factors"))
+)
 
 DROPOUT_STATE = (  # after the addresses: a run writes them too
     ParamField("dropout_seed", "uint64_t", "the random numbers' key"),
@@ -113,7 +127,7 @@ def scale_params(key: DispatchKey) -> tuple[ParamField, ...]:
 
 
 def _outputs(key: DispatchKey) -> tuple[ParamField, ...]:
-    element = "float" if key.float_out else "the element type"
+    element = "float" if key.float_out else "float16" if key.half_out else "bfloat16" if key.dtype in FP8_DTYPES else "the element type"
     return ParamField("o", "void*", f"(batch, seqlen_q, num_heads_q, head_dim) in {element}, last dimension contiguous"), _LSE
 
 
@@ -127,8 +141,9 @@ def fa3_fwd_params(key: DispatchKey, dynamic_scheduler: bool) -> tuple[ParamFiel
     """The fields of an fa3 forward cell, widest first so that no compiler pads between them."""
     heads = _NUM_HEADS_KV if key.gqa_ratio > 1 else _HEADS_PER_KV_HEAD
     pointers = (*_outputs(key), *(_TILE_COUNTER,) * dynamic_scheduler, *_extra_addresses(key))
-    wide = (*pointers, *strides("o")) + (ALIBI_STRIDE,) * key.alibi
-    return (*wide, *(_PACKED_SIZES if key.varlen else _FORWARD_SIZES), *scale_params(key), heads, *_forward_features(key))
+    wide = (*pointers, *strides("o")) + (ALIBI_STRIDE,) * key.alibi + _DESCALE_STRIDES * key.descale + _BLOCK_DESCALES * key.block_descale
+    scales = scale_params(key) + (_OUT_SCALE,) * (key.dtype in FP8_DTYPES)
+    return (*wide, *(_PACKED_SIZES if key.varlen else _FORWARD_SIZES), *scales, heads, *_forward_features(key))
 
 
 def fa2_fwd_params(key: DispatchKey) -> tuple[ParamField, ...]:
@@ -140,8 +155,9 @@ def fa2_fwd_params(key: DispatchKey) -> tuple[ParamField, ...]:
 
 
 def _extra_addresses(key: DispatchKey) -> tuple[ParamField, ...]:
-    """Of extra arrays, in the order of extras.py; then what the list of tiles before the kernel makes."""
-    return (ALIBI_SLOPES,) * key.alibi + (LEARNABLE_SINK,) * key.learnable_sink + (*SEQUENCES, _TILE_LIST) * key.varlen
+    """Of extra arrays, in the order of extras.py, and what the list of tiles before the kernel makes."""
+    sequences = (*SEQUENCES, _TILE_LIST) * key.varlen
+    return (ALIBI_SLOPES,) * key.alibi + (LEARNABLE_SINK,) * key.learnable_sink + sequences + _DESCALES * key.descale
 
 
 def _forward_features(key: DispatchKey) -> tuple[ParamField, ...]:

@@ -9,12 +9,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .arrays import ArraySpec
-from .errors import InvalidArgument, UnsupportedDtype
+from .dispatch import FP8_DTYPES
+from .errors import Fp8MustUseFp8Request, InvalidArgument, UnsupportedDtype
 from .extras import NO_EXTRAS, ExtraSpecs, check_device
 from .requests import DTYPES_16BIT, CumulativeSeqlens, FwdRequest, MaskKind, PersistentMode, PositionBias, forward_request
+from .requests_fp8 import Fp8Options
 
 ALIGNMENT_BYTES = 16  # of every address and stride: the granularity of TMA and of the kernels' stores
-_ELEMENT_BYTES = {"float32": 4}  # of all others 2
+_ELEMENT_BYTES = {"float32": 4, "e4m3": 1, "e5m2": 1}  # of all others 2
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,12 @@ class Problem:
         family: str | None = None,
         max_seqlen_q: int | None = None,
         max_seqlen_k: int | None = None,
+        fp8: Fp8Options | None = None,
     ) -> Problem:
         """Check the arrays of a forward call and describe it. out None: a fresh contiguous (batch, seqlen_q, num_heads_q, head_dim).
         family None: the one that serves the call. With cu_seqlens among the extras, q, k, v and out are packed, without the batch
-        dimension, and max_seqlen_q, max_seqlen_k say how long sequences are at most (None: not known).
+        dimension, and max_seqlen_q, max_seqlen_k say how long sequences are at most (None: not known). fp8: options of 8-bit q, k, v; None:
+        the defaults.
 
         Raises InvalidArgument (rank, shape, stride, device, a mix of dtypes; names the argument), UnsupportedDtype, and everything
         that the request raises (EmptyBatch, ZeroSeqlen, InvalidGqaRatio, UnsupportedHeadDim ...).
@@ -101,8 +105,9 @@ class Problem:
             k_offset=k_offset,
             float_out=float_out,
             arch=arch,
+            **fp8_arguments(q, v, extras, fp8),
         )
-        like = replace(q, dtype="float32") if float_out else q
+        like = replace(q, dtype="float32" if float_out else request.out_dtype)
         if out is None:
             out = fresh_like(like)
             out = replace(out, strides=(0, *out.strides[1:])) if packed else out
@@ -112,8 +117,18 @@ class Problem:
         for name, spec in (("q", q), ("k", k), ("v", v), ("out", out)):
             check_strides(name, spec)
             check_device(name, spec, q)
-        extras.check(q, request.batch)
+        extras.check(q, request.batch, request.num_heads_kv, request.seqlen_k)
         return cls(request, q, k, v, out, extras)
+
+
+def fp8_arguments(q: ArraySpec, v: ArraySpec, extras: ExtraSpecs, fp8: Fp8Options | None) -> dict[str, Any]:
+    """What a request of 8-bit q, k and v is told beside what others are; nothing where they have 16 bits: InvalidArgument is raised where
+    there are options or factors of 8-bit numbers then."""
+    if q.dtype in FP8_DTYPES:
+        return {"v_dtype": v.dtype, "fp8": fp8 or Fp8Options(), "descale": extras.has_descale, "block_descale": extras.has_block_descale}
+    if fp8 is not None or extras.has_descale:
+        raise InvalidArgument(f"q has dtype {q.dtype}: q_descale, k_descale, v_descale and accumulate are of fp8 q, k and v")
+    return {}
 
 
 def check_pointers(pointers: tuple[int, ...]) -> None:
@@ -158,10 +173,19 @@ def check_rank(name: str, spec: ArraySpec, packed: bool = False) -> None:
 def check_same_dtype(q: ArraySpec, k: ArraySpec, v: ArraySpec) -> None:
     """Raises UnsupportedDtype for what no kernel knows, InvalidArgument for a mix."""
     for name, spec in (("q", q), ("k", k), ("v", v)):
-        if spec.dtype not in (*DTYPES_16BIT, "e4m3", "e5m2"):
-            raise UnsupportedDtype(f"{name} has dtype {spec.dtype}: accepted are float16 and bfloat16; convert with astype")
+        if spec.dtype not in (*DTYPES_16BIT, *FP8_DTYPES):
+            raise UnsupportedDtype(
+                f"{name} has dtype {spec.dtype}: accepted are float16 and bfloat16, and on Hopper float8_e4m3fn and float8_e5m2 (bits in "
+                "uint8 with dtype=); convert with astype"
+            )
+        if name == "v" and {spec.dtype, q.dtype} <= set(FP8_DTYPES):
+            continue  # v may have the other fp8 type
         if spec.dtype != q.dtype:
-            raise InvalidArgument(f"{name} has dtype {spec.dtype} and q has {q.dtype}: q, k and v must have the same dtype")
+            error = Fp8MustUseFp8Request if q.dtype in FP8_DTYPES or spec.dtype in FP8_DTYPES else InvalidArgument
+            raise error(
+                f"{name} has dtype {spec.dtype} and q has {q.dtype}: q, k and v must have the same dtype, or be fp8, where v may have the "
+                "other"
+            )
 
 
 def check_shapes(q: ArraySpec, k: ArraySpec, v: ArraySpec) -> None:

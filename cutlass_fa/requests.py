@@ -184,10 +184,7 @@ class AttentionRequest:
                 raise SeqlenOverflow(
                     f"{name}_offset={offset} and seqlen_{name}={seqlen}: positions are 31-bit; together at most {MAX_SEQLEN}"
                 )
-        if self.dtype in FP8_DTYPES:
-            raise Fp8MustUseFp8Request(f"dtype={self.dtype}: {type(self).__name__} takes f16 and bf16, not fp8; convert the arrays")
-        if self.dtype not in DTYPES_16BIT:
-            raise UnsupportedDtype(f"dtype={self.dtype}: accepted are f16 and bf16; convert the arrays")
+        self._check_dtype()
         problem = arch_problem(self.arch)
         if problem is not None:
             raise InvalidArgument(problem)
@@ -202,6 +199,15 @@ class AttentionRequest:
         if not 0 <= self.dropout_p < 1:
             raise InvalidArgument(f"dropout_p={self.dropout_p}: the share of probabilities that are dropped, at least 0 and below 1")
 
+    def _check_dtype(self) -> None:
+        if self.dtype in FP8_DTYPES:
+            raise Fp8MustUseFp8Request(
+                f"dtype={self.dtype}: {type(self).__name__} takes f16 and bf16; use Fa3FwdFp8Request, a forward on sm_90a, or convert "
+                "the arrays"
+            )
+        if self.dtype not in DTYPES_16BIT:
+            raise UnsupportedDtype(f"dtype={self.dtype}: accepted are f16 and bf16; convert the arrays")
+
     def _check_sizes(self) -> None:
         if self.batch < 1:
             raise EmptyBatch(f"batch={self.batch}: q, k and v need at least one sequence")
@@ -211,7 +217,7 @@ class AttentionRequest:
             raise InvalidGqaRatio(
                 f"num_heads_q={self.num_heads_q}, num_heads_kv={self.num_heads_kv}: num_heads_q must be a positive multiple of num_heads_kv"
             )
-        if cell_head_dim(self.head_dim) is None:
+        if cell_head_dim(self.head_dim, self.dtype) is None:
             raise UnsupportedHeadDim(f"head_dim={self.head_dim}: accepted are multiples of 8 from 8 to 256; pad the last dimension")
 
     @property
@@ -230,6 +236,11 @@ class AttentionRequest:
         return self.softmax_scale if self.softmax_scale is not None else 1.0 / math.sqrt(self.head_dim)
 
     @property
+    def score_scale(self) -> float:
+        """What products of stored numbers q k^T are multiplied by."""
+        return self.scale
+
+    @property
     def position_shift(self) -> int:
         """Query i stands at the index i + position_shift of the keys."""
         if self.q_offset is None and self.k_offset is None:
@@ -244,7 +255,7 @@ class AttentionRequest:
 
     def _key(self, family: str, direction: str) -> DispatchKey:
         """The key of this request, heads not packed."""
-        head_dim = cell_head_dim(self.head_dim)
+        head_dim = cell_head_dim(self.head_dim, self.dtype)
         assert head_dim is not None  # checked when the request was made
         return DispatchKey(
             family,
@@ -284,6 +295,11 @@ class ForwardRequest(AttentionRequest):
 
     float_out: bool = False
 
+    @property
+    def out_dtype(self) -> str:
+        """Of out, where float_out does not say otherwise."""
+        return self.dtype
+
     def _forward_key(self, family: str) -> DispatchKey:
         return replace(self._key(family, "fwd"), float_out=self.float_out)
 
@@ -304,7 +320,7 @@ class Fa3FwdRequest(ForwardRequest):
     def dispatch_key(self) -> DispatchKey:
         """The cell this request needs; whether it exists is DISPATCH_TABLE's to say."""
         key = self._forward_key("fa3")
-        tile_m = fa3_fwd_tile_of(key.head_dim, key.features).tile_m
+        tile_m = fa3_fwd_tile_of(key.head_dim, key.features, fp8=key.dtype in FP8_DTYPES).tile_m
         return replace(key, gqa_ratio=packed_gqa_ratio(self._usual_seqlen_q, self.num_heads_q // self.num_heads_kv, tile_m))
 
     @property
@@ -436,6 +452,12 @@ def forward_request(family: str | None, persistent: PersistentMode | None, **arg
 
     Raises InvalidArgument for another family, or for persistent CTAs of the fa2 family, whose CTAs have one tile each.
     """
+    if arguments.get("dtype") in FP8_DTYPES:
+        from .requests_fp8 import Fa3FwdFp8Request  # here, because it is made from this module's
+
+        if family not in (None, "fa3"):
+            raise Fp8MustUseFp8Request(f"family={family!r} with dtype={arguments['dtype']}: fp8 is of family fa3; leave family out")
+        return Fa3FwdFp8Request(persistent=persistent, **arguments)
     if family is None:
         family = family_of(arguments["arch"], "fwd", dropout=arguments["dropout_p"] > 0)
     if family == "fa3":

@@ -11,7 +11,7 @@ from typing import Any
 from .arrays import ArraySpec
 from .errors import LaunchError
 
-_ELEMENT_BYTES = 2
+ELEMENT_BYTES = {"bf16": 2, "f16": 2, "e4m3": 1, "e5m2": 1}
 SEQUENCE_EDGE = 1 << 30  # kSequenceEdge of the kernels
 _MAX_MAPS = 1024  # addresses remembered per geometry: a caller that never reuses memory must not fill the host's
 
@@ -21,13 +21,17 @@ class TensorMapGeometry:
     """Everything about a map but the address, dimensions innermost first as the driver counts them.
 
     extents, box: elements. strides: elements, of every dimension but the innermost, which is contiguous. The box is stored in shared
-    memory with a swizzle as wide as its rows (box[0] * 2 bytes).
+    memory with a swizzle as wide as its rows (box[0] * element_bytes).
     """
 
     extents: tuple[int, ...]
     strides: tuple[int, ...]
     box: tuple[int, ...]
     dtype: str
+
+    @property
+    def element_bytes(self) -> int:
+        return ELEMENT_BYTES[self.dtype]
 
     @classmethod
     def of_rows(cls, spec: ArraySpec, rows: int, columns: int) -> TensorMapGeometry:
@@ -54,16 +58,17 @@ class TensorMapGeometry:
         """
         _, total, heads, head_dim = spec.shape
         _, by_row, by_head, _ = spec.strides
-        by_row = by_row if total > 1 else 16 // _ELEMENT_BYTES
+        element_bytes = ELEMENT_BYTES[spec.dtype]
+        by_row = by_row if total > 1 else 16 // element_bytes
         extents = (head_dim, SEQUENCE_EDGE, heads, 2 * SEQUENCE_EDGE, 2 * SEQUENCE_EDGE)
-        strides = (by_row, by_head, by_row, (1 << 34) // _ELEMENT_BYTES - by_row)
+        strides = (by_row, by_head, by_row, (1 << 34) // element_bytes - by_row)
         return cls._legal(extents, strides, (columns, rows, 1, 1, 1), spec.dtype)
 
     @classmethod
     def _legal(cls, extents: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...], dtype: str) -> TensorMapGeometry:
         """A dimension of extent 1 gets a stride of 16 bytes: its own is never used and may be one that the driver refuses."""
         used = zip(strides, extents[1:], strict=True)
-        return cls(extents, tuple(stride if extent > 1 else 16 // _ELEMENT_BYTES for stride, extent in used), box, dtype)
+        return cls(extents, tuple(stride if extent > 1 else 16 // ELEMENT_BYTES[dtype] for stride, extent in used), box, dtype)
 
 
 class TensorMaps:
@@ -104,13 +109,15 @@ def encode(geometry: TensorMapGeometry, pointer: int) -> Any:
         128: swizzles.CU_TENSOR_MAP_SWIZZLE_128B,
         64: swizzles.CU_TENSOR_MAP_SWIZZLE_64B,
         32: swizzles.CU_TENSOR_MAP_SWIZZLE_32B,
-    }[geometry.box[0] * _ELEMENT_BYTES]
+    }[geometry.box[0] * geometry.element_bytes]
     error, tensor_map = driver.cuTensorMapEncodeTiled(
-        {"bf16": types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, "f16": types.CU_TENSOR_MAP_DATA_TYPE_FLOAT16}[geometry.dtype],
+        {"bf16": types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, "f16": types.CU_TENSOR_MAP_DATA_TYPE_FLOAT16}.get(
+            geometry.dtype, types.CU_TENSOR_MAP_DATA_TYPE_UINT8
+        ),
         len(geometry.extents),
         pointer,
         [u64(extent) for extent in geometry.extents],
-        [u64(stride * _ELEMENT_BYTES) for stride in geometry.strides],
+        [u64(stride * geometry.element_bytes) for stride in geometry.strides],
         [u32(extent) for extent in geometry.box],
         [u32(1)] * len(geometry.box),
         driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,

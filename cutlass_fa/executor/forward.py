@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from ..arrays import library_of
@@ -18,6 +19,7 @@ from ..launches import fa2_fwd, fa3_fwd
 from ..problem import Problem
 from ..render import render
 from ..requests import PersistentMode, Window
+from ..requests_fp8 import Fp8Options
 from .build import ExecutorKernel, Program
 from .faults import ExecutorError, ExecutorFault
 from .launch import DEFAULT_TIME_LIMIT_S, Buffer, GlobalMemory, launch
@@ -27,6 +29,7 @@ from .tensor_map import encode
 
 # A GPU of few multiprocessors, so that persistent kernels have several tiles per CTA at small sizes; its L2 makes causal sections of a
 # few heads.
+OUT_DTYPES = {"bf16": ml_dtypes.bfloat16, "f16": np.float16, "float32": np.float32}
 SMALL_DEVICE = DeviceInfo("sm_90a", num_sms=2, l2_bytes=1 << 18, name="CPU executor")
 
 
@@ -56,6 +59,7 @@ def run_forward(
     q_offset: int | None = None,
     k_offset: int | None = None,
     persistent: PersistentMode | None = None,
+    fp8: Fp8Options | None = None,
     out_like: np.ndarray | None = None,
     device: DeviceInfo = SMALL_DEVICE,
     time_limit_s: int = DEFAULT_TIME_LIMIT_S,
@@ -71,6 +75,7 @@ def run_forward(
     window_size: (left, right), with a bounded side where the cell has a window. sink_tokens: positive where it has them.
     q_offset, k_offset: positions of the first query and key, where the cell has offsets.
     persistent: default Persistent(), as the launcher's, in the family that has it.
+    fp8: options of a cell of 8-bit numbers; None: the defaults.
     out_like: an array whose shape and strides the output has; default contiguous.
     extras: those of ExtraSpecs that the cell has.
 
@@ -91,6 +96,7 @@ def run_forward(
         "k_offset": k_offset,
         "float_out": cell.key.float_out,
         "persistent": persistent,
+        "fp8": fp8,
     }
     problem = _problem(cell, q, k, v, out_like, options)
     memory = GlobalMemory()
@@ -108,10 +114,11 @@ def run_forward(
     name = f"{program.source.name}, seed {seed}"
     if counter.data.any():
         raise ExecutorFault("fault", f"{name}: fault: the tile counter is {counter.data.view(np.int32)[0]} after the launch, not 0")
+    out_dtype = np.dtype(OUT_DTYPES[problem.out.dtype])
     out_bits, lse_bits = out.values(name).reshape(problem.out_shape), lse.data.view(np.uint32).reshape(lse_shape)
     check_written(name, "out", out_bits)
     check_written(name, "lse", lse_bits)
-    return Forward(out_bits.view(np.float32 if cell.key.float_out else q.dtype), lse_bits.view(np.float32))
+    return Forward(out_bits.view(out_dtype), lse_bits.view(np.float32))
 
 
 def _arguments(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from ..arrays import ArraySpec
 from ..cells.fa3_fwd import Fa3FwdCell
 from ..device import DeviceInfo, device_info
 from ..extras import extra_words
@@ -14,6 +16,7 @@ from ..kernels import Kernel
 from ..launch import KernelLaunch, alibi_values, grid_size, heads_per_section, pack, softmax_scales, tile_count, window_values
 from ..problem import Problem
 from ..requests import Fa3FwdRequest, Persistent
+from ..requests_fp8 import Fa3FwdFp8Request
 from ..tile_counters import tile_counters
 from ..tma import TensorMapGeometry, TensorMaps
 from .sequence_tiles import SequenceTilesLaunch, capacity
@@ -97,12 +100,37 @@ def pack_params(problem: Problem, cell: Fa3FwdCell, device: DeviceInfo) -> np.nd
             "total_k": request.rows_k,
             "num_m_blocks": -(-request.seqlen_q // cell.queries_per_tile),
             "num_tiles": num_tiles_of(problem, cell),
+            **fp8_values(problem),
             **softmax_scales(request),
             **window_values(request),
             **alibi_values(request, problem.extras.alibi_slopes),
             "heads_per_section": heads_per_section(problem.k, work_heads, device),
         },
     )
+
+
+def fp8_values(problem: Problem) -> dict[str, Any]:
+    """The fields that 8-bit q, k and v add; none for others."""
+    request = problem.request
+    if not isinstance(request, Fa3FwdFp8Request):
+        return {}
+    values: dict[str, Any] = {"out_scale": request.fp8.v_descale}
+    for x in "qkv":
+        strides = descale_strides(getattr(problem.extras, f"{x}_descale"))
+        values |= {
+            f"{x}_descale_{name}": value
+            for name, value in zip(("stride_batch", "stride_head", "stride_block", "blocks"), strides, strict=True)
+        }
+    return values
+
+
+def descale_strides(factors: ArraySpec | None) -> tuple[int, int, int, int]:
+    """Elements from one sequence, head and block of keys to the next, 0 along what is alike for all, and how many blocks there are."""
+    if factors is None:
+        return 0, 0, 0, 1
+    shape, strides = (*factors.shape, 1, 1, 1)[:3], (*factors.strides, 0, 0, 0)[:3]
+    by_batch, by_head, by_block = (stride if extent > 1 else 0 for stride, extent in zip(strides, shape, strict=True))
+    return by_batch, by_head, by_block, shape[2]
 
 
 def num_tiles_of(problem: Problem, cell: Fa3FwdCell) -> int:
