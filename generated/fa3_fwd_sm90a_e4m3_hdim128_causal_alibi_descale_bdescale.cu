@@ -4,6 +4,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include <cutlass_fa/atomic.cuh>
 #include <cutlass_fa/base.cuh>
+#include <cutlass_fa/descale_fp8.cuh>
 #include <cutlass_fa/math.cuh>
 #include <cutlass_fa/mbarrier.cuh>
 #include <cutlass_fa/named_barrier.cuh>
@@ -220,28 +221,21 @@ CUTLASS_FA_DEVICE void load_kv(TensorMap const& map, Mbarrier& full, char* desti
   }
 }
 
-// A stored number times its factor is the number that is meant; no array: 1.
-CUTLASS_FA_DEVICE float descale_of(float const* factors, int64_t place) { return factors == nullptr ? 1.0f : factors[place]; }
-
-// The factors of one block of keys: what its scores and its values must be multiplied by. q's is in the former.
+// What the scores of one block of keys (q's factor is in it) and its values must be multiplied by.
 struct BlockDescale {
   float scores, values;
 };
 
-CUTLASS_FA_DEVICE BlockDescale block_descale_of(Params const& params, Tile const& tile, int block) {
-  int64_t const batch = min(tile.batch, params.batch - 1), head = kv_head_of(params, tile);
-  int64_t const place = block * kTileN / kDescaleBlock;
-  int64_t const k_place = batch * params.k_descale_stride_batch + head * params.k_descale_stride_head + min(place, params.k_descale_blocks - 1) * params.k_descale_stride_block;
-  int64_t const v_place = batch * params.v_descale_stride_batch + head * params.v_descale_stride_head + min(place, params.v_descale_blocks - 1) * params.v_descale_stride_block;
-  float const q_factor = descale_of(params.q_descale, batch * params.q_descale_stride_batch + head * params.q_descale_stride_head);
-  return {q_factor * descale_of(params.k_descale, k_place), descale_of(params.v_descale, v_place)};
+CUTLASS_FA_DEVICE BlockDescale block_descale_of(Params const& params, Tile const& tile, int n_block) {
+  int const batch = min(tile.batch, params.batch - 1), head = kv_head_of(params, tile), block = n_block * kTileN / kDescaleBlock;
+  float const q = factor_of(params.q_descale, batch, params.q_descale_stride_batch, head, params.q_descale_stride_head);
+  float const k = factor_of(params.k_descale, batch, params.k_descale_stride_batch, head, params.k_descale_stride_head, block,
+                            params.k_descale_stride_block, params.k_descale_blocks);
+  float const v = factor_of(params.v_descale, batch, params.v_descale_stride_batch, head, params.v_descale_stride_head, block,
+                            params.v_descale_stride_block, params.v_descale_blocks);
+  return {q * k, v};
 }
 
-template <int kSize>
-CUTLASS_FA_DEVICE void multiply(float (&acc)[kSize], float factor) {
-#pragma unroll
-  for (int i = 0; i < kSize; ++i) { acc[i] *= factor; }
-}
 // O <- acc_o / row sum, lse <- its logarithm. acc_o's columns stand in column_order (layouts.py).
 CUTLASS_FA_DEVICE void store_o(Params const& params, Tile const& tile, int row_in_tile, float const (&acc_o)[kHeadDim / 2], SoftmaxRows const& rows) {
   int const quad_lane = thread_index() % 4;
@@ -320,7 +314,6 @@ CUTLASS_FA_DEVICE void transpose_v(SharedStorage& shared, int share) {
     }
   }
 }
-
 
 // ---- consumers: 64 query rows per warpgroup -------------------------------------------------------------------------------------------
 

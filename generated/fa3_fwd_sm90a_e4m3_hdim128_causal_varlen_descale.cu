@@ -4,6 +4,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include <cutlass_fa/atomic.cuh>
 #include <cutlass_fa/base.cuh>
+#include <cutlass_fa/descale_fp8.cuh>
 #include <cutlass_fa/math.cuh>
 #include <cutlass_fa/mbarrier.cuh>
 #include <cutlass_fa/named_barrier.cuh>
@@ -214,20 +215,18 @@ CUTLASS_FA_DEVICE void load_kv(TensorMap const& map, Mbarrier& full, char* desti
   }
 }
 
-// A stored number times its factor is the number that is meant; no array: 1.
-CUTLASS_FA_DEVICE float descale_of(float const* factors, int64_t place) { return factors == nullptr ? 1.0f : factors[place]; }
-
-// The arguments for one tile: factors of scores go into what makes exponents of them, v's into the output's. Rows that belong to no sequence
-// have no scores, and any factors.
+// The arguments for one tile: factors of q and k go into what makes exponents of scores, v's into the output's. Rows that belong to no
+// sequence have no scores, and any factors.
 CUTLASS_FA_DEVICE Params descaled(Params const& all, Tile const& tile) {
   Params params = all;
-  int64_t const batch = min(tile.batch, params.batch - 1), head = kv_head_of(params, tile);
-  float const scores = descale_of(params.q_descale, batch * params.q_descale_stride_batch + head * params.q_descale_stride_head) *
-                       descale_of(params.k_descale, batch * params.k_descale_stride_batch + head * params.k_descale_stride_head);
-  params.out_scale *= descale_of(params.v_descale, batch * params.v_descale_stride_batch + head * params.v_descale_stride_head);
+  int const batch = min(tile.batch, params.batch - 1), head = kv_head_of(params, tile);
+  float const scores = factor_of(params.q_descale, batch, params.q_descale_stride_batch, head, params.q_descale_stride_head) *
+                       factor_of(params.k_descale, batch, params.k_descale_stride_batch, head, params.k_descale_stride_head);
+  params.out_scale *= factor_of(params.v_descale, batch, params.v_descale_stride_batch, head, params.v_descale_stride_head);
   params.softmax_scale_log2 *= scores;
   return params;
 }
+
 // O <- acc_o / row sum, lse <- its logarithm. acc_o's columns stand in column_order (layouts.py).
 CUTLASS_FA_DEVICE void store_o(Params const& params, Tile const& tile, int row_in_tile, float const (&acc_o)[kHeadDim / 2], SoftmaxRows const& rows) {
   int const quad_lane = thread_index() % 4;
@@ -313,7 +312,6 @@ CUTLASS_FA_DEVICE void transpose_v(SharedStorage& shared, int share) {
     }
   }
 }
-
 
 // ---- consumers: 64 query rows per warpgroup -------------------------------------------------------------------------------------------
 

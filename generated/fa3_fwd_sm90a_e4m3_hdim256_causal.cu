@@ -256,7 +256,6 @@ CUTLASS_FA_DEVICE void transpose_v(SharedStorage& shared, int share) {
   }
 }
 
-
 // ---- consumers: 64 query rows per warpgroup -------------------------------------------------------------------------------------------
 
 struct Consumer {

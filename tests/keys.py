@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
-from cutlass_fa.dispatch import ARCHS, BUILT_FLAGS, CELL_HEAD_DIMS, DISPATCH_TABLE, SEQUENCE_TILES_OF, DispatchKey
+from cutlass_fa.dispatch import (
+    ARCHS,
+    BUILT_FLAGS,
+    CELL_HEAD_DIMS,
+    DISPATCH_TABLE,
+    FP8_DTYPES,
+    FP8_FLAGS,
+    FP8_HEAD_DIMS,
+    SEQUENCE_TILES_OF,
+    DispatchKey,
+)
 from tests.covering import covering
+
+
+def _fp8_keys() -> Iterator[DispatchKey]:
+    """The forwards of 8-bit numbers, whose flags meet those of 16 bits by twos."""
+    factors: dict[str, Any] = {"dtype": FP8_DTYPES, "v_dtype": FP8_DTYPES, "head_dim": FP8_HEAD_DIMS}
+    for chosen in covering(factors | {flag: (False, True) for flag in (*BUILT_FLAGS["fa3", "fwd"], *FP8_FLAGS)}, 2):
+        chosen["sliding_window"] |= chosen["sink"]
+        chosen["causal"] |= chosen["position_offset"]
+        chosen["descale"] |= chosen["block_descale"]
+        chosen["half_out"] &= not chosen["float_out"]
+        yield DispatchKey("fa3", "fwd", "sm_90a", **chosen)
 
 
 @lru_cache(maxsize=1)
@@ -25,5 +47,6 @@ def sampled_keys() -> tuple[DispatchKey, ...]:
             if direction == "bwd_convert" and chosen["split"]:
                 chosen["varlen"] = False
             keys.add(DispatchKey(family, direction, **chosen))
+    keys |= set(_fp8_keys())
     assert not [key for key in keys if DISPATCH_TABLE.why_not(key)]
     return tuple(sorted(keys, key=str))

@@ -18,9 +18,10 @@ from cutlass_fa.cell import Cell
 from cutlass_fa.cells.fa2_bwd import Fa2BwdCell
 from cutlass_fa.cells.fa2_fwd import Fa2FwdCell
 from cutlass_fa.cells.fa3_fwd import Fa3FwdCell
+from cutlass_fa.cells.fa3_fwd_fp8 import Fa3FwdFp8Cell
 from cutlass_fa.compile import Cubin, compile_source
 from cutlass_fa.disassembly import instruction_counts, local_memory_instructions, tensor_core_instructions
-from cutlass_fa.dispatch import BUILT_FLAGS, DISPATCH_TABLE, DispatchKey
+from cutlass_fa.dispatch import BUILT_FLAGS, DISPATCH_TABLE, FP8_DTYPES, DispatchKey
 from cutlass_fa.render import include_dir, render
 from tests.keys import sampled_keys
 from tests.needs import needs_nvdisasm, needs_nvrtc
@@ -30,7 +31,7 @@ GOLDEN = list(DISPATCH_TABLE)
 MAX_COMPILE_SECONDS = 3.0
 MAX_STORED_BYTES = 64 * 1024
 MAX_LINES = 485  # with one feature
-MORE_LINES = 25  # for each further one
+MORE_LINES = 25  # for each further one, of which 8-bit numbers are one
 
 # Spills that the tables accept: bytes a thread, stores plus loads, and why.
 ACCEPTED_SPILLS: dict[str, tuple[int, str]] = {
@@ -38,6 +39,7 @@ ACCEPTED_SPILLS: dict[str, tuple[int, str]] = {
     "fa2_fwd_sm90a_bf16_hdim128_causal_varlen": (48, "loop invariants, two of them read once a block of 128 x 64 scores"),
     "fa2_fwd_sm80_bf16_hdim64_varlen_window_alibi_sink_lsink_dropout": (44, "before and after the loops over key blocks"),
     "fa3_fwd_sm90a_bf16_hdim64_varlen_window_alibi_sink_lsink_offsets_f32out_gqa4": (56, "the producer's and the scheduler's alone"),
+    "fa3_fwd_sm90a_e4m3_hdim64_varlen_window_alibi_sink_lsink_f32out_descale_gqa4": (40, "the producer's and the scheduler's alone"),
     "fa2_bwd_sm90a_bf16_hdim256_softcap": (64, "loop invariants, read once a block of 64 x 64 scores: dV or dK take 128 registers"),
 }
 
@@ -53,7 +55,7 @@ def test_generated_file_is_what_the_templates_give(key: DispatchKey) -> None:
     assert path.read_bytes() == text.encode(), "\n".join(
         ["run python tools/regenerate_kernels.py", *regenerate_kernels.short_diff(path, text)]
     )
-    assert text.count("\n") <= MAX_LINES + MORE_LINES * max(len(key.features) - 1, 0)
+    assert text.count("\n") <= MAX_LINES + MORE_LINES * max(len(key.features) + (key.dtype in FP8_DTYPES) - 1, 0)
 
 
 def test_no_stale_generated_files() -> None:
@@ -160,11 +162,25 @@ def fa3_fwd_instructions(cell: Cell) -> tuple[Counter[str], Counter[str]]:
     """At least so many matrix products by kind, and so many other instructions."""
     assert isinstance(cell, Fa3FwdCell)
     blocks = 3 if cell.has_own_overlap else 2  # Q K^T: the first block and the loop's, which may be two; P V: the loop's and the last
+    if isinstance(cell, Fa3FwdFp8Cell):
+        return fa3_fwd_fp8_instructions(cell, blocks)
     suffix = "x16.F32.BF16" if cell.key.dtype == "bf16" else "x16.F32"
     expected: Counter[str] = Counter()
     expected[f"HGMMA.64x{cell.tile_n}{suffix}"] += blocks * cell.head_dim // 16
     expected[f"HGMMA.64x{cell.head_dim}{suffix}"] += blocks * cell.tile_n // 16
     return expected, Counter({"UTMALDG": 3, "USETMAXREG": 2})  # TMA loads of Q, K and V; each role takes its registers
+
+
+def fa3_fwd_fp8_instructions(cell: Fa3FwdFp8Cell, blocks: int) -> tuple[Counter[str], Counter[str]]:
+    """As of 16 bits, where P is always E4M3; the transposing warps' matrices and byte permutes; a conversion for every two scores."""
+    dtype, v_dtype = cell.key.dtype.upper(), cell.key.v_dtype.upper()
+    columns = cell.slice_columns or cell.head_dim
+    expected: Counter[str] = Counter()
+    expected[f"QGMMA.64x{cell.tile_n}x32.F32.{dtype}.{dtype}"] += blocks * cell.head_dim // 32
+    expected[f"QGMMA.64x{columns}x32.F32.E4M3.{v_dtype}"] += blocks * cell.tile_n // 32 * cell.head_dim // columns
+    groups = cell.tile_n // 32
+    others = Counter({"UTMALDG": 3, "USETMAXREG": 2, "LDSM": groups, "STSM": groups, "PRMT": 4 * groups})
+    return expected, others + Counter({"F2FP": blocks * cell.tile_n // 4})
 
 
 def fa2_fwd_instructions(cell: Cell) -> tuple[Counter[str], Counter[str]]:

@@ -23,7 +23,8 @@ namespace cutlass_fa {
 constexpr float kPeakLog2 = 6.0f;
 
 // p <- exp2(acc_s * scale_log2 - origin) as the A operand of the next product, four registers for each 32 columns.
-// sum: this thread's part of each row. True where a number saturates (or is NaN).
+// sum: this thread's part of each row. True where a number saturates (or is NaN). fmaf and not a product and a difference: products, which
+// no further try changes, would be computed before the tries and kept beside the scores.
 template <int kSize>
 CUTLASS_FA_DEVICE bool exponentiate_fp8(float const (&acc_s)[kSize], float const (&origin)[2], float scale_log2, uint32_t (&p)[kSize / 4],
                                         float (&sum)[2]) {
@@ -33,8 +34,8 @@ CUTLASS_FA_DEVICE bool exponentiate_fp8(float const (&acc_s)[kSize], float const
   for (int i = 0; i < kSize / 4; ++i) {
     int const r = i % 2;
     float const* const scores = acc_s + i / 2 * 8 + 2 * r;  // of two blocks of 8 columns
-    float const x0 = exp2_approx(scores[0] * scale_log2 - origin[r]), x1 = exp2_approx(scores[1] * scale_log2 - origin[r]);
-    float const x2 = exp2_approx(scores[4] * scale_log2 - origin[r]), x3 = exp2_approx(scores[5] * scale_log2 - origin[r]);
+    float const x0 = exp2_approx(fmaf(scores[0], scale_log2, -origin[r])), x1 = exp2_approx(fmaf(scores[1], scale_log2, -origin[r]));
+    float const x2 = exp2_approx(fmaf(scores[4], scale_log2, -origin[r])), x3 = exp2_approx(fmaf(scores[5], scale_log2, -origin[r]));
     sum[r] += x0;
     sum[r] += x1;
     sum[r] += x2;
