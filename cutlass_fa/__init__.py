@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .dispatch import DISPATCH_TABLE, DispatchKey
     from .errors import FlashAttnError
     from .merge import merge_attention_states
+    from .quantizer import hadamard_rotate, quantize, quantize_qkv
     from .requests import (
         Causal,
         CumulativeSeqlens,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
         VarlenFwdRequest,
         Window,
     )
+    from .requests_fp8 import Fa3FwdFp8Request, Fp8Options
     from .settings import no_compile
 
 __version__ = "0.1.0"
@@ -49,8 +51,10 @@ __all__ = [
     "DispatchKey",
     "Fa2BwdRequest",
     "Fa2FwdRequest",
+    "Fa3FwdFp8Request",
     "Fa3FwdRequest",
     "FlashAttnError",
+    "Fp8Options",
     "Full",
     "Grid",
     "MaskKind",
@@ -65,8 +69,11 @@ __all__ = [
     "flash_attn_func",
     "flash_attn_varlen_backward",
     "flash_attn_varlen_func",
+    "hadamard_rotate",
     "merge_attention_states",
     "no_compile",
+    "quantize",
+    "quantize_qkv",
 ]
 
 _MODULES = {
@@ -76,9 +83,14 @@ _MODULES = {
     "flash_attn_varlen_func": "api_varlen",
     "DISPATCH_TABLE": "dispatch",
     "DispatchKey": "dispatch",
+    "Fa3FwdFp8Request": "requests_fp8",
     "FlashAttnError": "errors",
+    "Fp8Options": "requests_fp8",
+    "hadamard_rotate": "quantizer",
     "merge_attention_states": "merge",
     "no_compile": "settings",
+    "quantize": "quantizer",
+    "quantize_qkv": "quantizer",
 }
 
 

@@ -259,6 +259,12 @@ def random_array(
     return values.swapaxes(-3, -2) if swapped else values
 
 
+def random_outliers(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Standard normal numbers in float32, one of 500 ten times as large."""
+    x = rng.standard_normal(shape, dtype=np.float32)
+    return np.where(rng.random(shape) < 0.002, np.float32(10) * x, x)
+
+
 def random_qkv(
     xp: ModuleType,
     rng: Any,
