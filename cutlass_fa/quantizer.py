@@ -1,7 +1,7 @@
 """Arrays to 8-bit numbers and the factors that make them what they were; NumPy and CuPy.
 
-    quantized = quantize_qkv(q, k, v, granularity="block", rotate=True)
-    out = flash_attn_func(quantized.q, quantized.k, quantized.v, causal=True, **quantized.arguments)
+quantized = quantize_qkv(q, k, v, granularity="block", rotate=True)
+out = flash_attn_func(quantized.q, quantized.k, quantized.v, causal=True, **quantized.arguments)
 """
 
 from __future__ import annotations

@@ -25,7 +25,11 @@ def spread(descale: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Factors beside the numbers that they are of."""
     if descale.shape == (1,):
         return np.broadcast_to(descale, shape)
-    blocks = np.repeat(descale, 128, axis=2)[..., : shape[1]] if descale.ndim == 3 else np.broadcast_to(descale[..., None], (*descale.shape, shape[1]))
+    blocks = (
+        np.repeat(descale, 128, axis=2)[..., : shape[1]]
+        if descale.ndim == 3
+        else np.broadcast_to(descale[..., None], (*descale.shape, shape[1]))
+    )
     return np.repeat(blocks.transpose(0, 2, 1), shape[2] // descale.shape[1], axis=2)[..., None] * np.ones(shape, np.float32)
 
 

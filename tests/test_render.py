@@ -109,7 +109,9 @@ def test_rendered_text(key: DispatchKey) -> None:
 
 @pytest.mark.parametrize("key", KEYS, ids=str)
 def test_feature_off_leaves_no_word(key: DispatchKey) -> None:
-    words = {"fp8"} - {"fp8" * (key.dtype in FP8_DTYPES)} | {word for flag in FLAG_WORDS if not getattr(key, flag[0]) for word in flag} - {"causal"}
+    words = {"fp8"} - {"fp8" * (key.dtype in FP8_DTYPES)} | {word for flag in FLAG_WORDS if not getattr(key, flag[0]) for word in flag} - {
+        "causal"
+    }
     text = render(Cell.of(key)).text.lower()
     for own in (word for flag in FLAG_WORDS if getattr(key, flag[0]) for word in flag):
         if any(word in own for word in words):  # "sink" in "learnable_sink"
