@@ -343,7 +343,7 @@ DISPATCH_TABLE = DispatchTable(
         _fa3_fwd("e4m3", 256, precise=True, softcap=True, **_BLOCK_DESCALE),
         _fa3_fwd("e4m3", 128, causal=True, alibi=True, **_BLOCK_DESCALE),
         _fa3_fwd("e4m3", 128, causal=True, varlen=True, descale=True),
-        _fa3_fwd(*("e4m3", 64), varlen=True, alibi=True, learnable_sink=True, float_out=True, **_SINK_WINDOW, descale=True, gqa_ratio=4),
+        _fa3_fwd("e4m3", 64, varlen=True, alibi=True, learnable_sink=True, float_out=True, **_SINK_WINDOW, descale=True, gqa_ratio=4),
         _fa2_fwd("sm_80", "bf16", 128),
         _fa2_fwd("sm_80", "bf16", 128, causal=True),
         _fa2_fwd("sm_80", "f16", 128, causal=True),

@@ -2,7 +2,6 @@
 // cell: fa3_fwd_sm90a_e4m3_hdim256   tile 128x128, 2 stages, 384 threads, smem 230400 B
 // regenerate: python tools/regenerate_kernels.py fa3_fwd_sm90a_e4m3_hdim256
 // SPDX-License-Identifier: BSD-3-Clause
-#include <cutlass_fa/atomic.cuh>
 #include <cutlass_fa/base.cuh>
 #include <cutlass_fa/math.cuh>
 #include <cutlass_fa/mbarrier.cuh>
@@ -13,7 +12,6 @@
 #include <cutlass_fa/shared_memory.cuh>
 #include <cutlass_fa/softmax.cuh>
 #include <cutlass_fa/softmax_fp8.cuh>
-#include <cutlass_fa/tile_queue.cuh>
 #include <cutlass_fa/tma.cuh>
 #include <cutlass_fa/transpose_fp8.cuh>
 #include <cutlass_fa/warp.cuh>
@@ -58,7 +56,6 @@ constexpr int column_step_bytes(int step, int chunk_bytes) { return step * 32 / 
 struct Params {
   void* o;  // (batch, seqlen_q, num_heads_q, head_dim) in bfloat16, last dimension contiguous
   float* lse;  // (batch, num_heads_q, seqlen_q) natural logarithm, or null
-  int* tile_counter;  // one number, 0 before and after a launch
   int64_t o_stride_batch;  // elements
   int64_t o_stride_row;  // elements
   int64_t o_stride_head;  // elements
@@ -73,7 +70,7 @@ struct Params {
   float out_scale;  // factor of the output: v's, where all of v has one
   int heads_per_kv_head;  // num_heads_q / num_heads_kv
 };
-static_assert(sizeof(Params) == 88, "params.py packs another layout");
+static_assert(sizeof(Params) == 80, "params.py packs another layout");
 
 // One CTA's piece of work: kTileM rows of one head of one sequence.
 struct Tile {
@@ -89,13 +86,8 @@ CUTLASS_FA_DEVICE Tile tile_of(Params const& params, int index) {
   return {index - batch_head * params.num_m_blocks, batch_head - batch * params.num_heads_q, batch};
 }
 
-// A CTA starts with the tile of its own index and takes the others from a counter in global memory, so that no CTA idles while tiles
-// are left. Every tile is followed by one request; the one that makes num_tiles puts the counter back for the next launch.
-CUTLASS_FA_DEVICE int take_tile(Params const& params, int) {
-  int const taken = atomic_add(params.tile_counter, 1);
-  if (taken == params.num_tiles - 1) { *params.tile_counter = 0; }
-  return taken + grid_size();
-}
+// CTAs walk the work list side by side.
+CUTLASS_FA_DEVICE int take_tile(Params const&, int index) { return index + grid_size(); }
 
 struct SharedStorage {
   alignas(1024) char q[kQStages][kChunks * kQChunkBytes];
@@ -107,7 +99,6 @@ struct SharedStorage {
   Mbarrier v_rows_full[kStages], v_rows_empty[kStages];  // empty: every transposing warp has read them
   Mbarrier v_full[kStages], v_empty[kStages];            // full: every transposing warp has written its part of V^T
   int has_ended[kStages];                                // not 0: no block lands any more
-  TileQueue tiles;
 };
 static_assert(sizeof(SharedStorage) == 230400, "cell.py computes another size");
 
@@ -189,7 +180,6 @@ CUTLASS_FA_DEVICE void store_o(Params const& params, Tile const& tile, int row_i
 CUTLASS_FA_DEVICE void produce(SharedStorage& shared, TensorMap const& map_q, TensorMap const& map_k, TensorMap const& map_v, Params const& params) {
   PipelineState<kStages> k_pipe, v_pipe;
   PipelineState<kQStages> q_pipe;
-  PipelineState<1> tile_pipe;
   for (int index = block_index(); index < params.num_tiles;) {
     Tile const tile = tile_of(params, index);
     int const kv_head = kv_head_of(params, tile);
@@ -216,7 +206,6 @@ CUTLASS_FA_DEVICE void produce(SharedStorage& shared, TensorMap const& map_q, Te
     // Taken late, so that the tiles left go to the CTAs that are free first; the answer arrives while the last V waits for its buffer.
     index = take_tile(params, index);
     if (last_block >= 0) { load_v(0); }
-    shared.tiles.put(tile_pipe, index);
   }
   // A block that is none: the transposing warps stop.
   shared.v_rows_empty[v_pipe.stage()].wait(v_pipe.parity() ^ 1);
@@ -253,7 +242,6 @@ struct Consumer {
   bool is_signaller;  // one lane of each warp releases buffers for its warp
   PipelineState<kQStages> q_pipe;
   PipelineState<kStages> k_pipe, v_pipe;
-  PipelineState<1> tile_pipe;
 };
 
 CUTLASS_FA_DEVICE Consumer make_consumer(int warpgroup) {
@@ -360,15 +348,26 @@ CUTLASS_FA_DEVICE void attend(Consumer& self, SharedStorage& shared, Params cons
     release(self, shared.v_empty, self.v_pipe);
   };
   --n_block;
-  // The new probabilities take the registers of the old ones: P V comes first, and other warpgroups' products run during the softmax.
-  auto step = [&](int block) {
+  // The new probabilities have registers of their own, so that P V runs during the softmax too.
+  auto overlapped_step = [&](uint32_t(&old_p)[kTileN / 8], uint32_t(&new_p)[kTileN / 8]) {
     float acc_s[kTileN / 2];
-    start_products(acc_s, p);
-    finish_pv(p);
-    if (online_softmax_fp8(acc_s, rows, p, rescale, params.softmax_scale_log2)) { rescale_rows(acc_o, rescale); }
+    start_products(acc_s, old_p);
+    bool const moved = online_softmax_fp8(acc_s, rows, new_p, rescale, params.softmax_scale_log2);
+    finish_pv(old_p);
+    if (moved) { rescale_rows(acc_o, rescale); }
+    pin_registers(new_p);
   };
+  uint32_t other_p[kTileN / 8];
 #pragma unroll 1
-  for (; n_block >= 0; --n_block) { step(n_block); }
+  while (n_block >= 0) {
+    overlapped_step(p, other_p);
+    if (--n_block < 0) {
+      take_operand(p, other_p);
+      break;
+    }
+    overlapped_step(other_p, p);
+    --n_block;
+  }
   release(self, shared.q_empty, self.q_pipe);
   shared.v_full[self.v_pipe.stage()].wait(self.v_pipe.parity());
   issue_pv(self, shared, p, acc_o);
@@ -395,7 +394,7 @@ CUTLASS_FA_DEVICE void consume(SharedStorage& shared, Params const& params, int 
         release(self, shared.q_empty, self.q_pipe);
       }
     }
-    index = shared.tiles.get(self.tile_pipe);  // before the stores, which then overlap with the next tile's loads
+    index = take_tile(params, index);
     store_o(params, tile, self.row_in_tile, acc_o, rows);
   }
 }
@@ -418,7 +417,6 @@ CUTLASS_FA_DEVICE void init_barriers(SharedStorage& shared) {
   init_ring(shared.v_full, shared.v_empty, kTransposers);
 #pragma unroll
   for (int stage = 0; stage < kStages; ++stage) { shared.has_ended[stage] = 0; }
-  shared.tiles.init(kConsumerWarps);
   fence_mbarrier_init();
 }
 

@@ -381,7 +381,27 @@ CUTLASS_FA_DEVICE void attend(Consumer& self, SharedStorage& shared, Params cons
     if (online_softmax_fp8(acc_s, rows, p, rescale, params.softmax_scale_log2)) { rescale_rows(acc_o, rescale); }
   };
 #pragma unroll 1
-  for (; n_block >= 0; --n_block) { step(n_block); }
+  for (; n_block >= unmasked_end; --n_block) { step(n_block); }
+  // The new probabilities have registers of their own, so that P V runs during the softmax too.
+  auto overlapped_step = [&](uint32_t(&old_p)[kTileN / 8], uint32_t(&new_p)[kTileN / 8]) {
+    float acc_s[kTileN / 2];
+    start_products(acc_s, old_p);
+    bool const moved = online_softmax_fp8(acc_s, rows, new_p, rescale, params.softmax_scale_log2);
+    finish_pv(old_p);
+    if (moved) { rescale_rows(acc_o, rescale); }
+    pin_registers(new_p);
+  };
+  uint32_t other_p[kTileN / 8];
+#pragma unroll 1
+  while (n_block >= 0) {
+    overlapped_step(p, other_p);
+    if (--n_block < 0) {
+      take_operand(p, other_p);
+      break;
+    }
+    overlapped_step(other_p, p);
+    --n_block;
+  }
   release(self, shared.q_empty, self.q_pipe);
   shared.v_full[self.v_pipe.stage()].wait(self.v_pipe.parity());
   issue_pv(self, shared, p, acc_o);

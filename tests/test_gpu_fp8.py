@@ -67,7 +67,9 @@ class Case:
         rng = np.random.default_rng(seed)
         heads_q, heads_kv = HEADS[self.heads]
         found = []
-        for seqlen, heads, dtype in zip((self.seqlens[0], *(self.seqlens[1],) * 2), (heads_q, heads_kv, heads_kv), self._dtypes(), strict=True):
+        for seqlen, heads, dtype in zip(
+            (self.seqlens[0], *(self.seqlens[1],) * 2), (heads_q, heads_kv, heads_kv), self._dtypes(), strict=True
+        ):
             shape = (self.batch, seqlen, heads, self.head_dim)
             x = random_outliers(rng, shape) if self.outliers else rng.standard_normal(shape, dtype=np.float32)
             buffer = poisoned(cupy, (self.batch, seqlen + 1, heads, -(-self.head_dim // 16) * 16 + 16), DTYPES[dtype])
