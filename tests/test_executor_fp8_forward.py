@@ -61,17 +61,18 @@ def test_scores_of_any_size(build: Build, scale: float) -> None:  # noqa: F811
     check_forward(result.out, result.lse, q, k, v, case=f"scale {scale}", softmax_scale=scale / 8)
 
 
-@pytest.mark.parametrize("rise", [0.5, 1.5, 1.9, 2.0, 2.5, 6.0])
+@pytest.mark.parametrize("rise", [0.5, 2.0, 6.0])
 def test_scores_that_rise_from_block_to_block(build: Build, rise: float) -> None:  # noqa: F811
-    """Blocks are taken from the last key to the first: the first keys' scores are `rise` above those before, below and above what moves an
-    origin. Probabilities that saturate unnoticed would be less than they are."""
+    """Blocks are taken from the last key to the first, each with scores `rise` above those before: every block moves the origins. Rows are
+    all alike, so that the rule has no spread to go by for lse, whose rounding is allowed for by itself."""
     q, k, v = (np.zeros((1, n, 1, 64), np.float32) for n in (64, 640, 640))
     q[..., 0], k[0, :, 0, 0] = 1.0, (-rise * (np.arange(640) // 160)).round(3)
     v[...] = np.random.default_rng(0).standard_normal(v.shape)
     q, k, v = (x.astype(DTYPES["e4m3"]) for x in (q, k, v))
     for seed in SEEDS:
         result = run_forward(Cell.of(SMALLEST), q, k, v, seed=seed, program=build(SMALLEST), softmax_scale=1.0)
-        check_forward(result.out, result.lse, q, k, v, case=f"rise {rise}", softmax_scale=1.0)
+        check_forward(result.out, None, q, k, v, case=f"rise {rise}", softmax_scale=1.0)
+        np.testing.assert_allclose(result.lse, attention_forward(q, k, v, softmax_scale=1.0)[1], rtol=1e-6)
 
 
 @pytest.mark.parametrize("precise", [False, True], ids=["fast", "precise"])
