@@ -129,12 +129,20 @@ def heads_per_section(k: ArraySpec, work_heads: int, device: DeviceInfo) -> int:
 
 
 def keys_in_memory(problem: Problem) -> ArraySpec:
-    """k as heads_per_section takes it: of a KV cache all keys as one sequence, since nobody knows here how many are in use."""
-    if problem.request.kv_cache is None:
-        return problem.k
-    num_blocks, block_size, num_heads_kv, head_dim = problem.k.shape
-    keys = min(num_blocks * block_size, problem.request.rows_k)
-    return replace(problem.k, shape=(1, keys, num_heads_kv, head_dim))
+    """k as heads_per_section takes it: of a KV cache all keys as one sequence, since nobody knows here how many are in use; under a window
+    those that the tiles at work on a head see."""
+    request, (batch, seqlen_k, num_heads_kv, head_dim) = problem.request, problem.k.shape
+    if request.kv_cache is not None:
+        batch, seqlen_k = 1, min(batch * seqlen_k, request.rows_k)
+    left, right = request.mask.window
+    if left >= 0 and (right >= 0 or request.mask.causal):
+        seqlen_k = min(seqlen_k, left + max(right, 0) + 1 + _QUERIES_AT_WORK)
+    return replace(problem.k, shape=(batch, seqlen_k, num_heads_kv, head_dim))
+
+
+# Of a head under a window, about: a multiprocessor's tile each, and few heads at work. More heads at once also read their sink tokens less
+# often at the same time.
+_QUERIES_AT_WORK = 1024
 
 
 def page_values(problem: Problem) -> dict[str, int]:

@@ -319,39 +319,49 @@ CUTLASS_FA_DEVICE void combine_parts(Params const& params, Tile const& tile) {
 
 // ---- producer: one thread starts every copy -------------------------------------------------------------------------------------------
 
-CUTLASS_FA_DEVICE void produce(SharedStorage& shared, TensorMap const& map_q, TensorMap const& map_k, TensorMap const& map_v, Params const& all) {
-  PipelineState<kStages> k_pipe, v_pipe;
-  PipelineState<kQStages> q_pipe;
+// A warp's way through the key blocks of this CTA's tiles, as the consumers ask for them: begin_tile(tile), then load(block, params, tile) for
+// each. The table is asked a block ahead.
+template <class BeginTile, class Load>
+CUTLASS_FA_DEVICE void for_each_block(SharedStorage& shared, Params const& all, BeginTile begin_tile, Load load) {
   PipelineState<1> tile_pipe;
   for (Tile tile = shared.tiles.get(tile_pipe); tile.first_query >= 0; tile = shared.tiles.get(tile_pipe)) {
     Params const params = params_of(all, tile);
-    int const kv_head = kv_head_of(params, tile);
-    auto load_k = [&](LoadedBlock const& block) {
-      shared.k_empty[k_pipe.stage()].wait(k_pipe.parity() ^ 1);
-      load_kv(map_k, shared.k_full[k_pipe.stage()], shared.k[k_pipe.stage()], block, kv_head, params, {params.k_page_step, params.k_row_step});
-      k_pipe.advance();
-    };
-    auto load_v = [&](LoadedBlock const& block) {
-      shared.v_empty[v_pipe.stage()].wait(v_pipe.parity() ^ 1);
-      load_kv(map_v, shared.v_full[v_pipe.stage()], shared.v[v_pipe.stage()], block, kv_head, params, {params.v_page_step, params.v_row_step});
-      v_pipe.advance();
-    };
     int const last_block = tile.own.end - 1;
     if (last_block < tile.own.begin) { continue; }
+    begin_tile(tile);
     auto find_block = [&](int n_block) { return loaded_block(params, tile, n_block); };
-    LoadedBlock next = find_block(last_block), before = next;
-    shared.q_empty[q_pipe.stage()].wait(q_pipe.parity() ^ 1);
-    if (thread_index() == 0) { load_q(map_q, shared.q_full[q_pipe.stage()], shared.q[q_pipe.stage()], tile); }
-    q_pipe.advance();
-    for (int n_block = last_block; n_block >= tile.own.begin; --n_block) {  // K runs one block ahead of V, as the consumers ask for it
+    LoadedBlock next = find_block(last_block);
+    for (int n_block = last_block; n_block >= tile.own.begin; --n_block) {
       LoadedBlock const block = next;
-      next = find_block(max(n_block - 1, tile.own.begin));  // the table is asked a block ahead, and once for K and V
-      load_k(block);
-      if (n_block != last_block) { load_v(before); }
-      before = block;
+      next = find_block(max(n_block - 1, tile.own.begin));
+      load(block, params, tile);
     }
-    load_v(before);
   }
+}
+
+// One warp loads Q and K, another V: small pages take many copies, which a warp starts one after the other.
+CUTLASS_FA_DEVICE void produce_k(SharedStorage& shared, TensorMap const& map_q, TensorMap const& map_k, Params const& all) {
+  PipelineState<kQStages> q_pipe;
+  PipelineState<kStages> k_pipe;
+  auto begin_tile = [&](Tile const& tile) {
+    shared.q_empty[q_pipe.stage()].wait(q_pipe.parity() ^ 1);
+    if (thread_index() % kWarpSize == 0) { load_q(map_q, shared.q_full[q_pipe.stage()], shared.q[q_pipe.stage()], tile); }
+    q_pipe.advance();
+  };
+  for_each_block(shared, all, begin_tile, [&](LoadedBlock const& block, Params const& params, Tile const& tile) {
+    shared.k_empty[k_pipe.stage()].wait(k_pipe.parity() ^ 1);
+    load_kv(map_k, shared.k_full[k_pipe.stage()], shared.k[k_pipe.stage()], block, kv_head_of(params, tile), params, {params.k_page_step, params.k_row_step});
+    k_pipe.advance();
+  });
+}
+
+CUTLASS_FA_DEVICE void produce_v(SharedStorage& shared, TensorMap const& map_v, Params const& all) {
+  PipelineState<kStages> v_pipe;
+  for_each_block(shared, all, [](Tile const&) {}, [&](LoadedBlock const& block, Params const& params, Tile const& tile) {
+    shared.v_empty[v_pipe.stage()].wait(v_pipe.parity() ^ 1);
+    load_kv(map_v, shared.v_full[v_pipe.stage()], shared.v[v_pipe.stage()], block, kv_head_of(params, tile), params, {params.v_page_step, params.v_row_step});
+    v_pipe.advance();
+  });
 }
 
 // ---- consumers: 64 query rows per warpgroup -------------------------------------------------------------------------------------------
@@ -503,7 +513,7 @@ CUTLASS_FA_DEVICE void init_barriers(SharedStorage& shared) {
   init_ring(shared.q_full, shared.q_empty);
   init_ring(shared.k_full, shared.k_empty);
   init_ring(shared.v_full, shared.v_empty);
-  shared.tiles.init(kConsumerWarps + 1);
+  shared.tiles.init(kConsumerWarps + 2);
   fence_mbarrier_init();
 }
 
@@ -521,7 +531,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   block_sync();  // barriers are initialised before anyone waits
   int const warpgroup = warp_uniform(thread_index() / kWarpgroupSize);
   if (warpgroup == 0) {
-    if (thread_index() < kWarpSize) { produce(shared, map_q, map_k, map_v, params); }
+    if (thread_index() / kWarpSize == 0) { produce_k(shared, map_q, map_k, params); }
+    if (thread_index() / kWarpSize == 2) { produce_v(shared, map_v, params); }
     if (thread_index() / kWarpSize == 1) { schedule(shared, params); }
   } else {
     consume(shared, params, warpgroup - 1);

@@ -175,9 +175,9 @@ class Fa3FwdCell(SwizzledCell):
 
     @property
     def queue_readers(self) -> str:
-        """Warps, and threads by themselves: the producer, which is a warp where it loads pages."""
+        """Warps, and threads by themselves: the producer, which is two warps where it loads pages."""
         if self.is_paged:
-            return "kConsumerWarps + 1"
+            return "kConsumerWarps + 2"
         return "kConsumerWarps, 1" if self.is_varlen else "kConsumerWarps"
 
     @property
