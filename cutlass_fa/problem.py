@@ -147,7 +147,9 @@ def fp8_arguments(q: ArraySpec, v: ArraySpec, extras: ExtraSpecs, fp8: Fp8Option
     if q.dtype in FP8_DTYPES:
         return {"v_dtype": v.dtype, "fp8": fp8 or Fp8Options(), "descale": extras.has_descale, "block_descale": extras.has_block_descale}
     if fp8 is not None or extras.has_descale:
-        raise InvalidArgument(f"q has dtype {q.dtype}: q_descale, k_descale, v_descale and accumulate are of fp8 q, k and v")
+        raise InvalidArgument(
+            f"q has dtype {q.dtype}: q_descale, k_descale, v_descale, accumulate and an out_dtype of 16 bits are of fp8 q, k and v"
+        )
     return {}
 
 

@@ -131,6 +131,7 @@ def test_no_lengths_are_the_whole_cache() -> None:
         ({"cache_leftpad": np.zeros(2, np.int32)}, "begin each sequence with its first block"),
         ({"cache_batch_idx": np.zeros(2, np.int32)}, "cache_batch_idx and block_table are both given"),
         ({"num_splits": -1}, "num_splits=-1"),
+        ({"out_dtype": "float16"}, "out_dtype=float16: accepted are .float32."),
         ({"backend": "cpu"}, "backend='cpu'"),
         ({"out": np.zeros((2, 4, 4, 32), ml_dtypes.bfloat16)}, "out has shape"),
         ({"learnable_sink": np.zeros(3, np.float32)}, "learnable_sink has shape"),

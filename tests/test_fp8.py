@@ -11,7 +11,18 @@ import numpy as np
 import pytest
 
 import cutlass_fa
-from cutlass_fa import Fa2BwdRequest, Fa2FwdRequest, Fa3FwdFp8Request, Fa3FwdRequest, Fp8Options, SlidingCausal, VarlenFwdRequest, errors
+from cutlass_fa import (
+    Fa2BwdRequest,
+    Fa2FwdRequest,
+    Fa3FwdFp8Request,
+    Fa3FwdRequest,
+    Fp8Options,
+    PagedAttentionRequest,
+    PagedKvCache,
+    SlidingCausal,
+    VarlenFwdRequest,
+    errors,
+)
 from cutlass_fa.arrays import ArraySpec
 from cutlass_fa.cell import Cell
 from cutlass_fa.dispatch import DISPATCH_TABLE, DispatchKey
@@ -22,7 +33,7 @@ from cutlass_fa.extras import ExtraSpecs
 from cutlass_fa.launches.fa3_fwd import descale_strides, pack_params
 from cutlass_fa.problem import Problem, contiguous_strides
 from cutlass_fa.reference import attention_forward
-from cutlass_fa.requests import CumulativeSeqlens, Full
+from cutlass_fa.request_parts import CumulativeSeqlens, Full
 from tests.numerics import random_qkv
 
 E4M3, E5M2 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2
@@ -212,3 +223,12 @@ def test_packed_sequences_and_what_has_no_kernel() -> None:
 def test_run_key_draws_what_a_cell_has(name: str) -> None:
     stream = io.StringIO()
     assert run_key(DispatchKey.parse(name), stream, seed=2), stream.getvalue()
+
+
+@pytest.mark.parametrize(("num_splits", "words"), [(0, "paged is not built yet for e4m3"), (3, "split is not built yet for e4m3")])
+def test_caches_are_refused(num_splits: int, words: str) -> None:
+    sizes = {name: SIZES[name] for name in ("num_heads_q", "num_heads_kv", "head_dim")}
+    cache = PagedKvCache(64, 16, 8)
+    request = PagedAttentionRequest(kv_cache=cache, batch=4, total_q=4, dtype="e4m3", num_splits=num_splits, **sizes)
+    with pytest.raises(errors.UnsupportedCell, match=words):
+        Cell.of(request.dispatch_key())
