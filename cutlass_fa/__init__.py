@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .errors import FlashAttnError
     from .kv_cache import ContiguousKvCache, PagedKvCache
     from .merge import merge_attention_states
+    from .quantizer import hadamard_rotate, quantize, quantize_qkv
     from .request_parts import (
         Causal,
         CumulativeSeqlens,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     )
     from .requests import Fa2BwdRequest, Fa2FwdRequest, Fa3FwdRequest, VarlenFwdRequest
     from .requests_cache import ChunkedPrefillRequest, ChunkLayout, PagedAttentionRequest
+    from .requests_fp8 import Fa3FwdFp8Request, Fp8Options
     from .settings import no_compile
 
 __version__ = "0.1.0"
@@ -52,8 +54,10 @@ __all__ = [
     "DispatchKey",
     "Fa2BwdRequest",
     "Fa2FwdRequest",
+    "Fa3FwdFp8Request",
     "Fa3FwdRequest",
     "FlashAttnError",
+    "Fp8Options",
     "Full",
     "Grid",
     "MaskKind",
@@ -71,8 +75,11 @@ __all__ = [
     "flash_attn_varlen_backward",
     "flash_attn_varlen_func",
     "flash_attn_with_kvcache",
+    "hadamard_rotate",
     "merge_attention_states",
     "no_compile",
+    "quantize",
+    "quantize_qkv",
 ]
 
 _MODULES = {
@@ -103,10 +110,15 @@ _MODULES = {
     "DISPATCH_TABLE": "dispatch",
     "DispatchKey": "dispatch",
     "ContiguousKvCache": "kv_cache",
+    "Fa3FwdFp8Request": "requests_fp8",
     "FlashAttnError": "errors",
     "PagedKvCache": "kv_cache",
+    "Fp8Options": "requests_fp8",
+    "hadamard_rotate": "quantizer",
     "merge_attention_states": "merge",
     "no_compile": "settings",
+    "quantize": "quantizer",
+    "quantize_qkv": "quantizer",
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from .api_fp8 import as_spec, fp8_arguments, numbers_of, numpy_dtype, with_bits
 from .arrays import ArrayLibrary, check_one_library, dtype_name, library_of, not_on_gpu
 from .device import check_current_device, device_info
 from .dropout import dropout_mask
@@ -37,6 +38,12 @@ def flash_attn_func(
     dropout_offset: int = 0,
     q_offset: int | None = None,
     k_offset: int | None = None,
+    q_descale: Any = None,
+    k_descale: Any = None,
+    v_descale: Any = None,
+    accumulate: str | None = None,
+    dtype: Any = None,
+    v_dtype: Any = None,
     out: Any = None,
     out_dtype: Any = None,
     return_lse: bool = False,
@@ -46,9 +53,11 @@ def flash_attn_func(
 ) -> Any:
     """softmax(q k^T * softmax_scale) v, exactly, without the score matrix in memory (FlashAttention: Dao et al. 2022, Shah et al. 2024).
 
-    q: (batch, seqlen_q, num_heads_q, head_dim), float16 or bfloat16, CuPy or PyTorch, on the GPU. Any strides that are multiples of
-        16 bytes with a contiguous last dimension, so (batch, heads, seqlen, head_dim) memory is passed as a transposed view.
-    k, v: (batch, seqlen_k, num_heads_kv, head_dim), same dtype; num_heads_q a multiple of num_heads_kv (GQA, MQA).
+    q: (batch, seqlen_q, num_heads_q, head_dim), float16 or bfloat16, or on Hopper float8_e4m3fn or float8_e5m2, CuPy or PyTorch, on the
+        GPU. Any strides that are multiples of 16 bytes with a contiguous last dimension, so (batch, heads, seqlen, head_dim) memory is
+        passed as a transposed view.
+    k, v: (batch, seqlen_k, num_heads_kv, head_dim), same dtype, of which v alone may have the other fp8 type; num_heads_q a multiple of
+        num_heads_kv (GQA, MQA).
     head_dim: a multiple of 8 up to 256.
     softmax_scale: default 1 / sqrt(head_dim).
     causal: key j is visible to query i when j <= i + seqlen_k - seqlen_q (bottom-right aligned), or as the offsets say.
@@ -65,9 +74,16 @@ def flash_attn_func(
         of; masks, sink tokens and ALiBi follow them: query i stands at i + q_offset, key j at j + k_offset. Given one, the other is 0;
         given neither, the last query stands at the last key. Rows and columns of dropout are the arrays' own: give each part of the keys
         another dropout_offset. They are the same for all sequences of the batch.
-    out: where to write the result, shape and dtype of q (float32 where out_dtype says so); default: a fresh contiguous array.
+    q_descale, k_descale, v_descale: positive factors that make fp8 q, k and v the numbers that are meant: a number, or float32 on the GPU,
+        (batch, num_heads_kv), and for k and v also (batch, num_heads_kv, ceil(seqlen_k / 128)), a factor for each 128 keys. Default: 1.
+    accumulate: of fp8 alone. "fast" (the default): sums of probabilities times values are kept as the tensor cores keep them, with some 14
+        bits of mantissa; "precise": they are added up in float32 after each block of keys.
+    dtype, v_dtype: what uint8 arrays hold, "float8_e4m3fn" or "float8_e5m2" (or a library's type of that name), for libraries without fp8
+        types; v_dtype is by default dtype.
+    out: where to write the result, shape and dtype of q (float32 where out_dtype says so, of fp8 as out_dtype says); default: a fresh
+        contiguous array.
     out_dtype: "float32" (or the library's float32) for results that are merged with others (merge_attention_states): they are rounded once,
-        in the end. Default: q's dtype.
+        in the end. Default: q's dtype; of fp8, whose probabilities are e4m3, "bfloat16" (the default) or "float16".
     return_lse: also return log-sum-exp, float32 (batch, num_heads_q, seqlen_q), natural logarithm.
     persistent: Persistent(num_sms): that many CTAs walk all tiles and leave the other multiprocessors free; Persistent() (default): one
         CTA per multiprocessor; Grid(): one CTA per tile. Of family fa3 only.
@@ -78,12 +94,15 @@ def flash_attn_func(
     Returns out, or (out, lse). A query that sees no key gets out 0 and lse -inf, or its head's learnable_sink. Runs asynchronously on the
     caller's current stream and device; after a first call on a shape it may be captured in a CUDA graph (of which one instance runs at a
     time).
-    Raises InvalidArgument, UnsupportedDtype, UnsupportedHeadDim, InvalidGqaRatio, EmptyBatch, ZeroSeqlen, SeqlenOverflow, SinkWithoutMask
-    for bad input, UnsupportedCell for a combination without a kernel, MockMode where there is no GPU, CompileError, CompileDisabled.
+    Raises InvalidArgument, UnsupportedDtype, UnsupportedHeadDim, InvalidGqaRatio, EmptyBatch, ZeroSeqlen, SeqlenOverflow, SinkWithoutMask,
+    Fp8RequiresHopper, Fp8MustUseFp8Request for bad input, UnsupportedCell for a combination without a kernel, MockMode where there is no
+    GPU, CompileError, CompileDisabled.
     """
     masks = mask_options(causal, window_size, sink_tokens, q_offset, k_offset)
-    options = (softmax_scale, *masks, persistent, softcap, dropout_p, is_float32(out_dtype), family, None, None, False, 0)
-    extras = (alibi_slopes, learnable_sink, None, None, None, None, None, None)
+    fp8 = fp8_arguments(accumulate, (q_descale, k_descale, v_descale), out_dtype, dtype, v_dtype)
+    float_out = is_float32(out_dtype)
+    options = (softmax_scale, *masks, persistent, softcap, dropout_p, float_out, family, None, None, False, 0, fp8.options, fp8.bits)
+    extras = (alibi_slopes, learnable_sink, None, None, None, None, None, None, *fp8.factors)
     return forward(q, k, v, out, return_lse, options, extras, (dropout_seed, dropout_offset), backend)
 
 
@@ -146,7 +165,7 @@ _Options = tuple[Any, ...]
 MASK_NAMES = ("causal", "window_size", "sink_tokens", "q_offset", "k_offset")
 OPTION_NAMES = (
     *("softmax_scale", *MASK_NAMES, "persistent", "softcap", "dropout_p", "float_out", "family"),
-    *("max_seqlen_q", "max_seqlen_k", "cached", "num_splits"),
+    *("max_seqlen_q", "max_seqlen_k", "cached", "num_splits", "fp8", "bits"),
 )
 
 _NAMES = ("q", "k", "v", "out")
@@ -205,18 +224,17 @@ def mask_of(window_size: tuple[int, ...], causal: bool) -> MaskKind:
 
 
 def is_float32(out_dtype: Any) -> bool:
-    """Whether out_dtype is a library's float32 or its name. Raises InvalidArgument where it is neither that nor None."""
-    if out_dtype is not None and dtype_name(out_dtype) != "float32":
-        raise InvalidArgument(f"out_dtype={out_dtype}: accepted are 'float32', the array library's float32, and None for q's dtype")
-    return out_dtype is not None
+    """Whether out_dtype is a library's float32 or its name."""
+    return out_dtype is not None and dtype_name(out_dtype) == "float32"
 
 
 def _problem(library: ArrayLibrary, arrays: tuple[Any, ...], options: _Options, extras: tuple[Any, ...], arch: str) -> Problem:
     named: dict[str, Any] = dict(zip(OPTION_NAMES, options, strict=True))
     mask = mask_of(named.pop("window_size"), named.pop("causal"))
-    q, k, v, out = (None if array is None else library.spec(array) for array in arrays)
-    if q is None or k is None or v is None:
+    if any(array is None for array in arrays[:3]):
         raise InvalidArgument("q, k or v is None: all three are needed")
+    q, k, v = with_bits((library.spec(arrays[0]), library.spec(arrays[1]), library.spec(arrays[2])), named.pop("bits"))
+    out = None if arrays[3] is None else library.spec(arrays[3])
     return Problem.from_specs(q, k, v, out, arch=arch, mask=mask, extras=ExtraSpecs.of(library, extras), **named)
 
 
@@ -237,7 +255,7 @@ def reference_library(q: Any) -> ArrayLibrary:
 
 _NOT_THE_REFERENCES = (
     *("persistent", "float_out", "family", "deterministic", "recompute", "max_seqlen_q", "max_seqlen_k"),
-    *("cached", "num_splits", "block_table", "cache_leftpad"),
+    *("cached", "num_splits", "fp8", "bits", "block_table", "cache_leftpad"),
 )
 
 
@@ -261,10 +279,12 @@ def _reference(
 
     library = reference_library(q)
     check_one_library((*_NAMES, *EXTRA_NAMES), (q, k, v, out, *extras))
-    request = _problem(library, (q, k, v, out), options, extras, "sm_90a").request  # refuses what the kernels refuse
+    problem = _problem(library, (q, k, v, out), options, extras, "sm_90a")  # refuses what the kernels refuse
     named: dict[str, Any] = dict(zip(OPTION_NAMES, options, strict=True))
-    dtype = "float32" if named["float_out"] else q.dtype
-    result, lse = attention_forward(q, k, v, **reference_options(named, extras, request, random_state))
+    dtype = "float32" if named["float_out"] else numpy_dtype(problem.out.dtype)
+    q, k, v = (as_spec(x, spec) for x, spec in ((q, problem.q), (k, problem.k), (v, problem.v)))
+    reference = reference_options(named, extras, problem.request, random_state) | numbers_of(named["fp8"])
+    result, lse = attention_forward(q, k, v, **reference)
     if out is None:
         out = result.astype(dtype)
     else:

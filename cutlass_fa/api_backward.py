@@ -20,7 +20,7 @@ from .api import (
 from .arrays import ArrayLibrary, library_of, not_on_gpu
 from .device import check_current_device, device_info
 from .errors import InvalidArgument
-from .extras import EXTRA_NAMES, ExtraSpecs
+from .extras import EXTRA_NAMES, NO_DESCALES, ExtraSpecs
 from .launches.fa2_bwd import Fa2BwdPlan
 from .problem import ALIGNMENT_BYTES
 from .problem_backward import BackwardProblem
@@ -88,7 +88,7 @@ def flash_attn_backward(
     """
     masks = mask_options(causal, window_size, sink_tokens, q_offset, k_offset)
     options = (softmax_scale, *masks, softcap, dropout_p, deterministic, recompute, None, None)
-    extras = (alibi_slopes, learnable_sink, None, None, None, None, None, None)
+    extras = (alibi_slopes, learnable_sink, None, None, None, None, None, None, *NO_DESCALES)
     arrays = (q, k, v, out, dout, lse, dlse, dq, dk, dv, dlearnable_sink)
     return backward(arrays, options, extras, (dropout_seed, dropout_offset), backend)
 
@@ -112,7 +112,8 @@ def backward(
     if problem.request.recompute:
         named = dict(zip(_OPTION_NAMES, options, strict=True))
         masks = (named[name] for name in MASK_NAMES)
-        again = (named["softmax_scale"], *masks, None, named["softcap"], named["dropout_p"], False, None, *options[-2:], False, 0)
+        of_forward = (False, None, *options[-2:], False, 0, None, None)  # from float_out on
+        again = (named["softmax_scale"], *masks, None, named["softcap"], named["dropout_p"], *of_forward)
         out, lse = forward(q, k, v, None, True, again, extras, random_state, backend)
     dq, dk, dv = (
         library.empty(problem.shape_of(spec), spec.dtype, device) if given is None else given

@@ -14,7 +14,7 @@ from .arrays import ArrayLibrary, check_one_library, library_of, not_on_gpu
 from .check_kvcache import check_cache_numbers
 from .device import check_current_device, device_info
 from .errors import InvalidArgument
-from .extras import ExtraSpecs
+from .extras import NO_DESCALES, ExtraSpecs
 from .launches.append_kv import AppendPlan
 from .problem import ALIGNMENT_BYTES, check_out
 from .problem_append import APPEND_NAMES, AppendProblem, check_tables
@@ -101,10 +101,11 @@ def flash_attn_with_kvcache(
     of_rows = (q, k_cache, v_cache, k, v, rotary_cos, rotary_sin)
     arrays = (*of_rows, lengths, cache_batch_idx, block_table, cu_seqlens_q, cu_seqlens_k_new, rotary_seqlens, cache_leftpad)
     check_tables(block_table is not None, cache_batch_idx is not None, cache_leftpad is not None)
-    _check_arguments(cache_seqlens, k, cache_leftpad, num_splits)
+    _check_arguments(cache_seqlens, k, cache_leftpad, num_splits, out_dtype)
     masks = mask_options(causal, window_size, sink_tokens, None, None)
     turns = (bool(rotary_interleaved), bool(causal or masks[1] != (-1, -1)))  # queries turn as the mask has them stand
-    options = (softmax_scale, *masks, None, softcap, 0.0, is_float32(out_dtype), family, max_seqlen_q, None, True, num_splits)
+    of_cache = (max_seqlen_q, None, True, num_splits, None, None)  # from max_seqlen_q on
+    options = (softmax_scale, *masks, None, softcap, 0.0, is_float32(out_dtype), family, *of_cache)
     extras = (alibi_slopes, learnable_sink)
     if backend == "reference":
         return _reference(arrays, num_cached if is_number else None, turns, options, extras, out, return_softmax_lse, check)
@@ -139,7 +140,7 @@ def paged_forward(
     comes first, to be called when nothing can be refused any more."""
     lengths, block_table, cache_batch_idx, cache_leftpad, cu_seqlens_q = tables
     pages = cache_batch_idx if block_table is None else block_table
-    arrays = (*extras, cu_seqlens_q, None, None, lengths, pages, cache_leftpad)
+    arrays = (*extras, cu_seqlens_q, None, None, lengths, pages, cache_leftpad, *NO_DESCALES)
     found = forward(q, *caches, out, return_lse, options, arrays, (0, 0), "cuda", before)
     if not return_lse or cu_seqlens_q is not None:
         return found
@@ -234,13 +235,15 @@ def _check_alignment(plan: AppendPlan, addresses: tuple[int, ...]) -> None:
     )
 
 
-def _check_arguments(cache_seqlens: Any, k: Any, cache_leftpad: Any, num_splits: int) -> None:
+def _check_arguments(cache_seqlens: Any, k: Any, cache_leftpad: Any, num_splits: int, out_dtype: Any) -> None:
     if k is not None and cache_seqlens is None:
         raise InvalidArgument("cache_seqlens is None and k is given: it says where in the cache the new rows go")
     if cache_leftpad is not None and cache_seqlens is None:
         raise InvalidArgument("cache_leftpad is given and cache_seqlens is None: pass the lengths too, padding included")
     if num_splits < 0:
         raise InvalidArgument(f"num_splits={num_splits}: must be 0 (as many as fill the GPU) or a positive number of CTAs")
+    if out_dtype is not None and not is_float32(out_dtype):
+        raise InvalidArgument(f"out_dtype={out_dtype}: accepted are 'float32', the array library's float32, and None for q's dtype")
 
 
 # ---- reference -----------------------------------------------------------------------------------------------------------------------
@@ -295,7 +298,7 @@ def _attention_options(library: ArrayLibrary, problem: AppendProblem, call: Mapp
     """What the reference's attention is told, refused where the kernels would refuse it."""
     q, total, capacity = problem.arrays.q, problem.total_q, problem.cache.capacity
     own = {name: call[name] for name in ("softmax_scale", "sink_tokens", "softcap")}
-    ExtraSpecs.of(library, extras).check(q, problem.batch)
+    ExtraSpecs.of(library, extras).check(q, problem.batch, problem.arrays.k_cache.shape[2], capacity)
     VarlenFwdRequest(
         cu_seqlens=CumulativeSeqlens(total, problem.batch * capacity),
         batch=problem.batch,

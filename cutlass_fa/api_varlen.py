@@ -7,8 +7,10 @@ from typing import Any
 
 from .api import forward, is_float32, mask_options
 from .api_backward import backward
+from .api_fp8 import fp8_arguments
 from .arrays import library_of
 from .errors import InvalidArgument, SeqlenOverflow
+from .extras import NO_DESCALES
 from .request_parts import MAX_SEQLEN, PersistentMode
 
 
@@ -35,6 +37,12 @@ def flash_attn_varlen_func(
     dropout_offset: int = 0,
     q_offset: int | None = None,
     k_offset: int | None = None,
+    q_descale: Any = None,
+    k_descale: Any = None,
+    v_descale: Any = None,
+    accumulate: str | None = None,
+    dtype: Any = None,
+    v_dtype: Any = None,
     out_dtype: Any = None,
     out: Any = None,
     return_lse: bool = False,
@@ -46,7 +54,8 @@ def flash_attn_varlen_func(
     """flash_attn_func on sequences of different lengths, one after the other in arrays without a batch dimension.
 
     q: (total_q, num_heads_q, head_dim); k, v: (total_k, num_heads_kv, head_dim); dtypes, strides and all other arguments as flash_attn_func
-        has them, alibi_slopes also (batch, num_heads_q); q_offset and k_offset are those of every sequence.
+        has them, alibi_slopes also (batch, num_heads_q); q_offset and k_offset are those of every sequence. Factors for each 128 keys are
+        counted from each sequence's first key, as many as the longest (max_seqlen_k, or total_k) has.
     cu_seqlens_q, cu_seqlens_k: int32 (batch + 1,), on the GPU: sequence b owns rows cu_seqlens[b] to cu_seqlens[b + 1]. The first number is
         0. Sequences may be empty, in q, in k, or in both.
     max_seqlen_q, max_seqlen_k: lengths that no sequence exceeds. None (the default): not known. A hint for choosing a kernel, no more: the
@@ -59,10 +68,12 @@ def flash_attn_varlen_func(
     included, get out 0 and lse -inf. Raises what flash_attn_func raises, and with check InvalidArgument and SeqlenOverflow for the numbers.
     """
     masks = mask_options(causal, window_size, sink_tokens, q_offset, k_offset)
-    options = (softmax_scale, *masks, persistent, softcap, dropout_p, is_float32(out_dtype), family, max_seqlen_q, max_seqlen_k, False, 0)
+    fp8 = fp8_arguments(accumulate, (q_descale, k_descale, v_descale), out_dtype, dtype, v_dtype)
+    more = (max_seqlen_q, max_seqlen_k, False, 0, fp8.options, fp8.bits)
+    options = (softmax_scale, *masks, persistent, softcap, dropout_p, is_float32(out_dtype), family, *more)
     _check_side("q", cu_seqlens_q, seqused_q, max_seqlen_q, q, check)
     _check_side("k", cu_seqlens_k, seqused_k, max_seqlen_k, k, check)
-    extras = (alibi_slopes, learnable_sink, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, None, None)
+    extras = (alibi_slopes, learnable_sink, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, None, None, *fp8.factors)
     return forward(q, k, v, out, return_lse, options, extras, (dropout_seed, dropout_offset), backend)
 
 
@@ -114,7 +125,7 @@ def flash_attn_varlen_backward(
     options = (softmax_scale, *masks, softcap, dropout_p, deterministic, recompute, max_seqlen_q, max_seqlen_k)
     _check_side("q", cu_seqlens_q, seqused_q, max_seqlen_q, q, check)
     _check_side("k", cu_seqlens_k, seqused_k, max_seqlen_k, k, check)
-    extras = (alibi_slopes, learnable_sink, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, None, None)
+    extras = (alibi_slopes, learnable_sink, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, None, None, *NO_DESCALES)
     arrays = (q, k, v, out, dout, lse, dlse, dq, dk, dv, dlearnable_sink)
     return backward(arrays, options, extras, (dropout_seed, dropout_offset), backend)
 

@@ -13,7 +13,7 @@ from .errors import InvalidArgument, MockMode
 LEGACY_STREAM = 1  # cudaStreamLegacy, which 0 stands for too: it cannot be captured, and asking costs 0.7 us
 
 # Names that NumPy, CuPy, ml_dtypes and PyTorch give the element types that a kernel may know.
-_DTYPE_NAMES = {
+DTYPE_NAMES = {
     "float16": "f16",
     "bfloat16": "bf16",
     "float8_e4m3fn": "e4m3",
@@ -84,7 +84,7 @@ class CupyArrays:
 
     def spec(self, x: Any) -> ArraySpec:
         strides = tuple(stride // x.itemsize if stride % x.itemsize == 0 else -1 for stride in x.strides)
-        return ArraySpec(tuple(x.shape), strides, _DTYPE_NAMES.get(x.dtype.name, x.dtype.name), x.data.device_id)
+        return ArraySpec(tuple(x.shape), strides, DTYPE_NAMES.get(x.dtype.name, x.dtype.name), x.data.device_id)
 
     def pointers(self, arrays: Sequence[Any]) -> tuple[int, ...]:
         return tuple([x.data.ptr for x in arrays])
@@ -126,7 +126,7 @@ class TorchArrays:
 
     def spec(self, x: Any) -> ArraySpec:
         name = str(x.dtype).removeprefix("torch.")
-        return ArraySpec(tuple(x.shape), tuple(x.stride()), _DTYPE_NAMES.get(name, name), x.get_device())
+        return ArraySpec(tuple(x.shape), tuple(x.stride()), DTYPE_NAMES.get(name, name), x.get_device())
 
     def pointers(self, arrays: Sequence[Any]) -> tuple[int, ...]:
         return tuple([x.data_ptr() for x in arrays])
@@ -154,7 +154,7 @@ class NumpyArrays:
 
     def spec(self, x: Any) -> ArraySpec:
         strides = tuple(stride // x.itemsize for stride in x.strides)
-        return ArraySpec(x.shape, strides, _DTYPE_NAMES.get(x.dtype.name, x.dtype.name), -1)
+        return ArraySpec(x.shape, strides, DTYPE_NAMES.get(x.dtype.name, x.dtype.name), -1)
 
     def pointers(self, arrays: Sequence[Any]) -> tuple[int, ...]:
         raise not_on_gpu(self)

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from .arch.limits import limits_of
 from .cells import cell_class
-from .dispatch import DISPATCH_TABLE, DispatchKey
+from .dispatch import DISPATCH_TABLE, FP8_DTYPES, DispatchKey
 from .params import ParamField, params_dtype
 
 _ELEMENTS = {"bf16": "bfloat16", "f16": "float16"}
@@ -30,7 +30,7 @@ class Cell(ABC):
     def of(key: DispatchKey) -> Cell:
         """The cell that serves `key`. Raises UnsupportedCell with every reason when there is none."""
         DISPATCH_TABLE.lookup(key)
-        cell = cell_class(key.family, key.direction).for_key(key)
+        cell = cell_class(key).for_key(key)
         cell.check_limits()
         return cell
 
@@ -203,6 +203,11 @@ class Cell(ABC):
     @property
     def has_dropout(self) -> bool:
         return self.key.dropout
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether q, k and v are of 8 bits."""
+        return self.key.dtype in FP8_DTYPES
 
     @property
     def has_float_out(self) -> bool:

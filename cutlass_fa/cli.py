@@ -40,6 +40,10 @@ _PRESENCE_FLAGS = (
     ("dropout", "dropout of probabilities"),
     ("position_offset", "positions of the first query and key, as the call gives them"),
     ("float_out", "out in float32, to be merged with others"),
+    ("half_out", "out of fp8 q, k and v in float16 (default: bfloat16)"),
+    ("precise", "sums of fp8 probabilities times values in float32"),
+    ("descale", "factors of fp8 q, k and v in arrays"),
+    ("block_descale", "factors of each 128 keys too"),
     ("deterministic", "a backward whose sums are taken in a fixed order"),
 )
 
@@ -236,7 +240,7 @@ def _described_key(arguments: argparse.Namespace) -> DispatchKey:
         direction,
         arch,
         dtype,
-        cell_head_dim(arguments.head_dim) or arguments.head_dim,
+        cell_head_dim(arguments.head_dim, dtype) or arguments.head_dim,
         gqa_ratio=arguments.gqa_ratio or 1,
         v_dtype=arguments.v_dtype or dtype,
         **{field: bool(getattr(arguments, field)) for field, _ in _PRESENCE_FLAGS},

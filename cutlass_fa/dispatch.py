@@ -21,6 +21,7 @@ ARCHS = tuple(ARCH_LIMITS)  # those with tables; later ones are served too
 DTYPES = ("f16", "bf16", "e4m3", "e5m2")
 FP8_DTYPES = ("e4m3", "e5m2")
 CELL_HEAD_DIMS = (64, 80, 96, 128, 192, 256)
+FP8_HEAD_DIMS = (64, 96, 128, 192, 256)
 SEQUENCE_TILES_OF = ("bf16", 64)  # dtype and head_dim in the key of a kernel that depends on neither
 APPEND_KV_HEAD_DIM = 64  # in the key of a kernel to which it is a runtime number
 MAX_GQA_RATIO = 64  # a warpgroup's rows: every warpgroup then holds whole queries
@@ -40,6 +41,10 @@ FLAG_WORDS = (
     ("softcap", "softcap"),
     ("dropout", "dropout"),
     ("float_out", "f32out"),
+    ("half_out", "f16out"),
+    ("precise", "precise"),
+    ("descale", "descale"),
+    ("block_descale", "bdescale"),
     ("deterministic", "deterministic"),
     ("split", "split"),
     ("rotary", "rotary"),
@@ -57,11 +62,13 @@ class DispatchKey:
     dtype: element type of q and k: "f16", "bf16", "e4m3" or "e5m2".
     head_dim: the cell's head_dim, one of 64, 80, 96, 128, 192, 256 (`cell_head_dim` rounds up).
     causal, varlen, sliding_window, alibi, sink, learnable_sink, paged, k_tokens_inner, v_tokens_inner, position_offset, softcap, dropout,
-        float_out, deterministic, split, rotary: presence flags. sink is of sink tokens, learnable_sink of logits without a key.
-        k_tokens_inner, v_tokens_inner: in a cache's memory the same column of a block's keys lies together, not a key's columns.
-        position_offset: the call says where its first query and key stand. float_out: out is written in float32. deterministic is
-        the backward's: dq is summed in a fixed order. split: results are sums of parts that several CTAs make, a forward's out (on a KV
-        cache), a backward's dk and dv. rotary: append_kv turns queries and new keys by their positions.
+        float_out, half_out, precise, descale, block_descale, deterministic, split, rotary: presence flags. sink is of sink tokens,
+        learnable_sink of logits without a key. k_tokens_inner, v_tokens_inner: in a cache's memory the same column of a block's keys lies
+        together, not a key's columns. position_offset: the call says where its first query and key stand. float_out: out is written in
+        float32. Of fp8 alone: half_out: out is written in float16, not bfloat16; precise: sums of P V are kept in float32 (the hardware's
+        own have fewer bits); descale: q, k and v have factors for each sequence and head; block_descale: k and v for each block of keys
+        too. deterministic is the backward's: dq is summed in a fixed order. split: results are sums of parts that several CTAs make, a
+        forward's out (on a KV cache), a backward's dk and dv. rotary: append_kv turns queries and new keys by their positions.
     gqa_ratio: query heads packed into a tile's rows; 1 where heads are not packed (the ratio is then a runtime number).
     v_dtype: element type of v; "" (the default) means that of q and k.
     """
@@ -84,6 +91,10 @@ class DispatchKey:
     softcap: bool = False
     dropout: bool = False
     float_out: bool = False
+    half_out: bool = False
+    precise: bool = False
+    descale: bool = False
+    block_descale: bool = False
     deterministic: bool = False
     split: bool = False
     rotary: bool = False
@@ -153,11 +164,16 @@ def _check_choice(what: str, value: str, accepted: tuple[str, ...]) -> None:
         raise UnknownKey(f"{what} {value!r} is not one of {', '.join(accepted)}")
 
 
-def cell_head_dim(head_dim: int) -> int | None:
+def cell_head_dim(head_dim: int, dtype: str = "bf16") -> int | None:
     """The smallest cell that holds rows of `head_dim` elements, or None when none does (not a multiple of 8, or above 256)."""
     if head_dim < 8 or head_dim % 8:
         return None
-    return next((cell for cell in CELL_HEAD_DIMS if head_dim <= cell), None)
+    return next((cell for cell in head_dims_of(dtype) if head_dim <= cell), None)
+
+
+def head_dims_of(dtype: str) -> tuple[int, ...]:
+    """The head_dims of cells whose q and k are of this type."""
+    return FP8_HEAD_DIMS if dtype in FP8_DTYPES else CELL_HEAD_DIMS
 
 
 class DispatchTable:
@@ -191,7 +207,8 @@ class DispatchTable:
         return _semantic_reasons(key) + _unbuilt_reasons(key)
 
     def valid_keys(self) -> Iterator[DispatchKey]:
-        """Every key of the tables' architectures that `lookup` serves with gqa_ratio 1, in a fixed order."""
+        """Every key of the tables' architectures that `lookup` serves with gqa_ratio 1, in a fixed order; of fp8 those alone whose v is of
+        q's type and which have no flag of FP8_FLAGS."""
         for (family, direction), flags in BUILT_FLAGS.items():
             archs = ARCHS if family == "fa2" else ("sm_90a",)
             presences: list[dict[str, Any]] = [dict(zip(flags, each, strict=True)) for each in product((False, True), repeat=len(flags))]
@@ -204,8 +221,11 @@ class DispatchTable:
                         yield key
 
 
+# Of fp8 cells, beside those of 16 bits.
+FP8_FLAGS = ("half_out", "precise", "descale", "block_descale")
 _MASKS = ("causal", "varlen", "sliding_window", "alibi", "sink")
 _CACHE = ("paged", "k_tokens_inner", "v_tokens_inner")
+FP8_LACKS = (*_CACHE, "split")  # flags of fa3 forwards that fp8 cells do not have yet
 
 # What has a template: (family, direction) -> the presence flags that it knows.
 BUILT_FLAGS: dict[tuple[str, str], tuple[str, ...]] = {
@@ -229,8 +249,9 @@ def _semantic_reasons(key: DispatchKey) -> list[str]:
     """Combinations that make no sense on any hardware, or that this family's hardware rules out."""
     fp8 = key.dtype in FP8_DTYPES or key.v_dtype in FP8_DTYPES
     backward = key.direction != "fwd"
+    head_dims = head_dims_of(key.dtype)
     checks = (
-        (key.head_dim not in CELL_HEAD_DIMS, f"head_dim {key.head_dim} is not a cell; cells are {', '.join(map(str, CELL_HEAD_DIMS))}"),
+        (key.head_dim not in head_dims, f"head_dim {key.head_dim} is not a cell; cells are {', '.join(map(str, head_dims))}"),
         (key.family == "fa3" and key.arch != "sm_90a", f"family fa3 needs TMA and WGMMA of sm_90a, not {key.arch}; use family fa2"),
         (fp8 and key.arch != "sm_90a", f"fp8 needs sm_90a, not {key.arch}"),
         (fp8 and backward and key.direction != "append_kv", "there is no fp8 backward; use f16 or bf16"),
@@ -249,6 +270,9 @@ def _semantic_reasons(key: DispatchKey) -> list[str]:
             "offsets move a causal mask, a window or ALiBi; without one of them no score depends on positions",
         ),
         (key.float_out and backward, "gradients are written in the element type; float32 is the forward's out"),
+        *((getattr(key, flag) and not fp8, f"{flag} is of fp8 forwards, not of {key.dtype}") for flag in FP8_FLAGS),
+        (key.float_out and key.half_out, "out is written in float32 or in float16"),
+        (key.block_descale and not key.descale, "block_descale is a kind of descale: set both"),
         (key.deterministic and not backward, "deterministic is a choice of the backward; every forward is"),
         (
             key.direction == "sequence_tiles" and (key.dtype, key.head_dim) != SEQUENCE_TILES_OF,
@@ -279,12 +303,14 @@ def _unbuilt_reasons(key: DispatchKey) -> list[str]:
         built = ", ".join(f"{family} {direction}" for family, direction in BUILT_FLAGS)
         name = "backward" if key.direction == "bwd" else key.direction
         return [f"the {key.family} {name} is not built yet; built are: {built}"]
-    checks = [(key.dtype in FP8_DTYPES, f"dtype {key.dtype} is not built yet; f16 and bf16 are")]
+    fp8 = key.dtype in FP8_DTYPES
+    checks = [(fp8 and kernel != ("fa3", "fwd"), f"dtype {key.dtype} is not built yet in the {key.family} {key.direction}; fa3 fwd has it")]
     checks += [
         (getattr(key, field), f"{field} is not built yet in the {key.family} {key.direction}")
         for field, _ in FLAG_WORDS
-        if field not in BUILT_FLAGS[kernel]
+        if field not in (*BUILT_FLAGS[kernel], *FP8_FLAGS)
     ]
+    checks += [(fp8 and getattr(key, flag), f"{flag} is not built yet for {key.dtype}") for flag in FP8_LACKS]
     is_forward = key.direction == "fwd"
     most = f"at most {MAX_GQA_RATIO} query heads are packed into a tile" if is_forward else "heads are not packed"
     packable = key.gqa_ratio == 1 or (is_forward and key.gqa_ratio <= MAX_GQA_RATIO)
@@ -311,6 +337,7 @@ def _fa2_bwd(arch: str, dtype: str, head_dim: int, **features: Any) -> DispatchK
 
 
 _SINK_WINDOW = {"sliding_window": True, "sink": True}
+_BLOCK_DESCALE = {"descale": True, "block_descale": True}
 
 # The golden cells: one base cell per (family, direction) and architecture and one per flip; never the cross product.
 DISPATCH_TABLE = DispatchTable(
@@ -344,6 +371,19 @@ DISPATCH_TABLE = DispatchTable(
         _fa3_fwd(
             "bf16", 64, causal=True, varlen=True, paged=True, alibi=True, learnable_sink=True, float_out=True, split=True, **_SINK_WINDOW
         ),
+        _fa3_fwd("e4m3", 128),
+        _fa3_fwd("e4m3", 128, causal=True),
+        _fa3_fwd("e4m3", 64),
+        _fa3_fwd("e5m2", 64, causal=True, half_out=True),
+        _fa3_fwd("e4m3", 96, v_dtype="e5m2"),
+        _fa3_fwd("e5m2", 192, v_dtype="e4m3"),
+        _fa3_fwd("e4m3", 256),
+        _fa3_fwd("e4m3", 256, causal=True),
+        _fa3_fwd("e4m3", 128, precise=True, descale=True),
+        _fa3_fwd("e4m3", 256, precise=True, softcap=True, **_BLOCK_DESCALE),
+        _fa3_fwd("e4m3", 128, causal=True, alibi=True, **_BLOCK_DESCALE),
+        _fa3_fwd("e4m3", 128, causal=True, varlen=True, descale=True),
+        _fa3_fwd("e4m3", 64, varlen=True, alibi=True, learnable_sink=True, float_out=True, **_SINK_WINDOW, descale=True, gqa_ratio=4),
         _fa2_fwd("sm_80", "bf16", 128),
         _fa2_fwd("sm_80", "bf16", 128, causal=True),
         _fa2_fwd("sm_80", "f16", 128, causal=True),

@@ -19,7 +19,9 @@ from .params import ParamField
 class ExtraSpecs:
     """alibi_slopes: float32 (num_heads_q,) or (batch, num_heads_q). learnable_sink: float32 (num_heads_q,). cu_seqlens_q, cu_seqlens_k:
     int32 (batch + 1,) of packed sequences; seqused_q, seqused_k: int32 (batch,). Of a KV cache, whose keys have no cu_seqlens_k:
-    block_table: int32 (batch, max_blocks), of a contiguous cache (batch,), the row of each sequence; cache_leftpad: int32 (batch,)."""
+    block_table: int32 (batch, max_blocks), of a contiguous cache (batch,), the row of each sequence; cache_leftpad: int32 (batch,).
+    q_descale, k_descale, v_descale: positive float32 (batch, num_heads_kv) or one number, the latter two also (batch, num_heads_kv,
+    blocks of DESCALE_BLOCK keys); any strides."""
 
     alibi_slopes: ArraySpec | None = None
     learnable_sink: ArraySpec | None = None
@@ -29,6 +31,19 @@ class ExtraSpecs:
     seqused_k: ArraySpec | None = None
     block_table: ArraySpec | None = None
     cache_leftpad: ArraySpec | None = None
+    q_descale: ArraySpec | None = None
+    k_descale: ArraySpec | None = None
+    v_descale: ArraySpec | None = None
+
+    @property
+    def has_descale(self) -> bool:
+        """Whether there are factors of fp8 q, k or v."""
+        return any(getattr(self, name) is not None for name in DESCALE_NAMES)
+
+    @property
+    def has_block_descale(self) -> bool:
+        """Whether some are for each block of keys."""
+        return any(spec is not None and len(spec.shape) == 3 for spec in (self.k_descale, self.v_descale))
 
     @property
     def is_packed(self) -> bool:
@@ -65,8 +80,9 @@ class ExtraSpecs:
             raise EmptyBatch("at least one sequence is needed: an array that has a number for each is empty")
         return batch
 
-    def check(self, q: ArraySpec, batch: int) -> None:
-        """Raises InvalidArgument, naming the array, where one is not what it should be, or not where q (..., num_heads_q, head_dim) is."""
+    def check(self, q: ArraySpec, batch: int, num_heads_kv: int, seqlen_k: int) -> None:
+        """Raises InvalidArgument, naming the array, where one is not what it should be, or not where q (..., num_heads_q, head_dim) is.
+        seqlen_k: keys of the longest sequence."""
         if self.alibi_slopes is not None:
             _check_slopes(self.alibi_slopes, batch, q.shape[-2])
         if self.learnable_sink is not None:
@@ -83,12 +99,19 @@ class ExtraSpecs:
                 _check_lengths(name, spec, length)
         if self.block_table is not None:
             _check_table(self.block_table, batch)
+        for name in DESCALE_NAMES:
+            factors = getattr(self, name)
+            if factors is not None:
+                _check_factors(name, factors, (batch, num_heads_kv), -(-seqlen_k // DESCALE_BLOCK))
         for field in fields(self):
             spec = getattr(self, field.name)
             if spec is not None:
                 check_device(field.name, spec, q)
 
 
+DESCALE_BLOCK = 128  # keys that share a factor
+DESCALE_NAMES = ("q_descale", "k_descale", "v_descale")
+NO_DESCALES = (None, None, None)  # of a call's extra arrays
 NO_EXTRAS = ExtraSpecs()
 EXTRA_NAMES = tuple(field.name for field in fields(ExtraSpecs))
 
@@ -118,6 +141,16 @@ def _check_slopes(slopes: ArraySpec, batch: int, num_heads_q: int) -> None:
             f"alibi_slopes has shape {slopes.shape}: expected ({num_heads_q},) or ({batch}, {num_heads_q}), a slope a head"
         )
     check_numbers("alibi_slopes", slopes, "float32")
+
+
+def _check_factors(name: str, factors: ArraySpec, heads: tuple[int, int], key_blocks: int) -> None:
+    """heads: (batch, num_heads_kv)."""
+    by_block = name != "q_descale" and len(factors.shape) == 3
+    if factors.shape not in ((), (1,), heads) and not (by_block and factors.shape[:2] == heads and factors.shape[2] >= key_blocks):
+        more = "" if name == "q_descale" else f" or {(*heads, key_blocks)}, a factor for each {DESCALE_BLOCK} keys"
+        raise InvalidArgument(f"{name} has shape {factors.shape}: expected one factor, or {heads}, (batch, num_heads_kv){more}")
+    if factors.dtype != "float32":
+        raise InvalidArgument(f"{name} has dtype {factors.dtype}: expected float32; convert it with astype")
 
 
 def _check_lengths(name: str, spec: ArraySpec, length: int) -> None:

@@ -21,6 +21,7 @@ from .params import params_dtype
 from .problem import Problem
 from .request_parts import PersistentMode
 from .requests import AttentionRequest
+from .tma import ELEMENT_BYTES
 
 MAX_TILES = 2**31 - 1
 
@@ -84,8 +85,8 @@ def pack(cell: Cell, values: Mapping[str, Any]) -> np.ndarray:
 def softmax_scales(request: AttentionRequest) -> dict[str, float]:
     """What turns products q k^T into exponents of 2. With a softcap: the tanh's argument, and the factor of its result."""
     if request.softcap > 0:
-        return {"softcap_prescale": request.scale / request.softcap, "softmax_scale_log2": request.softcap * math.log2(math.e)}
-    return {"softmax_scale_log2": request.scale * math.log2(math.e)}
+        return {"softcap_prescale": request.score_scale / request.softcap, "softmax_scale_log2": request.softcap * math.log2(math.e)}
+    return {"softmax_scale_log2": request.score_scale * math.log2(math.e)}
 
 
 def window_values(request: AttentionRequest) -> dict[str, int]:
@@ -123,7 +124,7 @@ def heads_per_section(k: ArraySpec, work_heads: int, device: DeviceInfo) -> int:
     """How many (batch, head) pairs of the work list fit K and V into two thirds of the L2 cache; whole groups of a key head if one fits."""
     batch, seqlen_k, num_heads_kv, head_dim = k.shape
     group = work_heads // num_heads_kv
-    kv_bytes = 2 * seqlen_k * head_dim * 2
+    kv_bytes = 2 * seqlen_k * head_dim * ELEMENT_BYTES[k.dtype]
     return min(batch * work_heads, max(1, device.l2_bytes * 2 // 3 // kv_bytes) * group)
 
 

@@ -316,6 +316,38 @@ def accumulator_register_of_a_operand(step: int, register: int, half: int) -> in
     return 8 * step + 2 * register + half
 
 
+def fp8_a_operand_coordinates(thread: int, register: int, byte: int) -> tuple[int, int]:
+    """(row, k) of the 64 x 32 A operand of 8-bit elements in `byte` of `register` (0 .. 3) of `thread` (0 .. 127).
+
+    Raises ValueError outside these ranges. Source: PTX ISA, wgmma.mma_async m64nNk32, "Matrix A" in registers.
+    """
+    _check_index("thread", thread, WARPGROUP_THREADS)
+    _check_index("register", register, 4)
+    _check_index("byte", byte, 4)
+    warp, lane = divmod(thread, 32)
+    return 16 * warp + lane // 4 + 8 * (register % 2), 16 * (register // 2) + 4 * (lane % 4) + byte
+
+
+def kv_order(place: int) -> int:
+    """Which key the fp8 forward has at a place of the order that P and V^T have their keys in.
+
+    Of every 16 a thread of the accumulator holds columns 2 q, 2 q + 1, 2 q + 8 and 2 q + 9, and as operand places 4 q to 4 q + 3: with the
+    keys in this order they are the same, and P needs no exchange between lanes.
+    """
+    group, within = divmod(place, 16)
+    quad_lane, i = divmod(within, 4)
+    return 16 * group + 2 * quad_lane + i % 2 + 8 * (i // 2)
+
+
+def column_order(row: int) -> int:
+    """Which column of V a row of V^T holds in the fp8 forward: of every 16 the even ones, then the odd ones, as bytes fall apart.
+
+    A thread of the accumulator then has columns 4 q to 4 q + 3 of every 16.
+    """
+    group, within = divmod(row, 16)
+    return 16 * group + 2 * (within % 8) + within // 8
+
+
 def mma_accumulator_coordinates(lane: int, register: int) -> tuple[int, int]:
     """(row, col) of the 16 x 8 accumulator element in `register` (0 .. 3) of `lane` (0 .. 31) of mma.sync m16n8k16.
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .dispatch import DispatchKey
+from .dispatch import FP8_DTYPES, DispatchKey
 
 # C type -> NumPy type of the same size and alignment.
 _NUMPY_TYPES = {
@@ -114,10 +114,24 @@ _WINDOW_LEFT = ParamField("window_left", "int", "keys before a query's position 
 _WINDOW_RIGHT = ParamField("window_right", "int", "keys after a query's position that it sees")
 _SINK_TOKENS = ParamField("sink_tokens", "int", "first keys, seen however far they lie before a window; at most seqlen_k")
 _POSITION_SHIFT = ParamField("position_shift", "int", "q_offset - k_offset: query i stands at the index i + position_shift of the keys")
+_OUT_SCALE = ParamField("out_scale", "float", "factor of the output: v's, where all of v has one")
 ALIBI_SLOPES = ParamField("alibi_slopes", "float*", "(num_heads_q,) or (batch, num_heads_q)")
 ALIBI_STRIDE = ParamField("alibi_stride_batch", "int64_t", "elements; 0 where all sequences share the slopes")
 LEARNABLE_SINK = ParamField("learnable_sink", "float*", "(num_heads_q,) a logit without a key in each row of a head, -inf for none")
 _ALIBI_SCALE = ParamField("alibi_scale", "float", "log2(e) / softmax_scale_log2: a bias in units of the scores")
+
+_DESCALES = tuple(
+    ParamField(f"{x}_descale", "float*", f"factors of stored {x}: (batch, num_heads_kv){blocks}, or null: 1")
+    for x, blocks in (("q", ""), ("k", " or (batch, num_heads_kv, key blocks)"), ("v", " or (batch, num_heads_kv, key blocks)"))
+)
+_DESCALE_STRIDES = tuple(
+    ParamField(f"{x}_descale_stride_{axis}", "int64_t", "elements; 0 where all share a factor") for x in "qkv" for axis in ("batch", "head")
+)
+_BLOCK_DESCALES = tuple(
+    ParamField(f"{x}_descale_{name}", "int64_t", meaning)
+    for x in "kv"
+    for name, meaning in (("stride_block", "elements; 0 where all blocks share a factor"), ("blocks", "blocks that have factors"))
+)
 
 DROPOUT_STATE = (  # after the addresses: a run writes them too
     ParamField("dropout_seed", "uint64_t", "the random numbers' key"),
@@ -141,7 +155,7 @@ def scale_params(key: DispatchKey) -> tuple[ParamField, ...]:
 
 
 def _outputs(key: DispatchKey) -> tuple[ParamField, ...]:
-    element = "float" if key.float_out else "the element type"
+    element = "float" if key.float_out else "float16" if key.half_out else "bfloat16" if key.dtype in FP8_DTYPES else "the element type"
     return ParamField("o", "void*", f"(batch, seqlen_q, num_heads_q, head_dim) in {element}, last dimension contiguous"), _LSE
 
 
@@ -155,9 +169,11 @@ def fa3_fwd_params(key: DispatchKey, dynamic_scheduler: bool) -> tuple[ParamFiel
     """The fields of an fa3 forward cell, widest first so that no compiler pads between them."""
     counters = (_TILE_COUNTER,) * dynamic_scheduler + (_PART_COUNTERS, *_PARTS) * key.split
     pointers = (*_outputs(key), *counters, *_extra_addresses(key))
-    wide = (*pointers, *strides("o")) + (ALIBI_STRIDE,) * key.alibi + (BLOCK_TABLE_STRIDE,) * key.paged
+    factors = _DESCALE_STRIDES * key.descale + _BLOCK_DESCALES * key.block_descale
+    wide = (*pointers, *strides("o")) + (ALIBI_STRIDE,) * key.alibi + (BLOCK_TABLE_STRIDE,) * key.paged + factors
     sizes = (_PACKED_SIZES if key.varlen else _FORWARD_SIZES) + _page_sizes(key) * key.paged + (_NUM_SPLITS,) * key.split
-    return (*wide, *sizes, *scale_params(key), _work_heads(key), *_forward_features(key))
+    scales = scale_params(key) + (_OUT_SCALE,) * (key.dtype in FP8_DTYPES)
+    return (*wide, *sizes, *scales, _work_heads(key), *_forward_features(key))
 
 
 def _page_sizes(key: DispatchKey) -> tuple[ParamField, ...]:
@@ -182,10 +198,10 @@ def _work_heads(key: DispatchKey) -> ParamField:
 
 
 def _extra_addresses(key: DispatchKey) -> tuple[ParamField, ...]:
-    """Of extra arrays, in the order of extras.py; then what the list of tiles before the kernel makes."""
+    """Of extra arrays, in the order of extras.py, and what the list of tiles before the kernel makes."""
     sequences = (CACHED_SEQUENCES if key.paged else SEQUENCES) * key.varlen
     tile_list = (_TILE_LIST,) * (key.varlen and not key.split)
-    return (ALIBI_SLOPES,) * key.alibi + (LEARNABLE_SINK,) * key.learnable_sink + sequences + tile_list
+    return (ALIBI_SLOPES,) * key.alibi + (LEARNABLE_SINK,) * key.learnable_sink + sequences + tile_list + _DESCALES * key.descale
 
 
 def _forward_features(key: DispatchKey) -> tuple[ParamField, ...]:

@@ -9,14 +9,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .arrays import ArraySpec
-from .errors import InvalidArgument, PagedHeadDimMismatch, UnsupportedDtype
+from .dispatch import FP8_DTYPES
+from .errors import Fp8MustUseFp8Request, InvalidArgument, PagedHeadDimMismatch, UnsupportedDtype
 from .extras import NO_EXTRAS, ExtraSpecs, check_device
 from .kv_cache import ContiguousKvCache, KvCache, PagedKvCache
 from .request_parts import CumulativeSeqlens, MaskKind, PersistentMode, PositionBias
 from .requests import DTYPES_16BIT, FwdRequest, forward_request
+from .requests_fp8 import Fp8Options
 
 ALIGNMENT_BYTES = 16  # of every address and stride: the granularity of TMA and of the kernels' stores
-_ELEMENT_BYTES = {"float32": 4}  # of all others 2
+_ELEMENT_BYTES = {"float32": 4, "e4m3": 1, "e5m2": 1}  # of all others 2
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,13 @@ class Problem:
         max_seqlen_k: int | None = None,
         cached: bool = False,
         num_splits: int = 0,
+        fp8: Fp8Options | None = None,
     ) -> Problem:
         """Check the arrays of a forward call and describe it. out None: a fresh contiguous (batch, seqlen_q, num_heads_q, head_dim).
         family None: the one that serves the call. With cu_seqlens among the extras, q, k, v and out are packed, without the batch
         dimension, and max_seqlen_q, max_seqlen_k say how long sequences are at most (None: not known). cached: k and v are a KV cache,
-        paged where block_table has two dimensions; q and out are packed where there is cu_seqlens_q, else as always.
+        paged where block_table has two dimensions; q and out are packed where there is cu_seqlens_q, else as always. fp8: options of 8-bit
+        q, k, v; None: the defaults.
 
         Raises InvalidArgument (rank, shape, stride, device, a mix of dtypes; names the argument), UnsupportedDtype, and everything
         that the request raises (EmptyBatch, ZeroSeqlen, InvalidGqaRatio, UnsupportedHeadDim ...).
@@ -119,8 +123,9 @@ class Problem:
             float_out=float_out,
             num_splits=num_splits,
             arch=arch,
+            **fp8_arguments(q, v, extras, fp8),
         )
-        like = replace(q, dtype="float32") if float_out else q
+        like = replace(q, dtype="float32" if float_out else request.out_dtype)
         if out is None:
             out = fresh_like(like)
             out = replace(out, strides=(0, *out.strides[1:])) if packed or cached else out
@@ -130,10 +135,20 @@ class Problem:
         for name, spec in (("q", q), ("k", k), ("v", v), ("out", out)):
             check_strides(name, spec, cached and name in ("k", "v") and has_tokens_inner(spec))
             check_device(name, spec, q)
-        extras.check(q, request.batch)
+        extras.check(q, request.batch, request.num_heads_kv, request.seqlen_k)
         if request.kv_cache is not None:
             check_padding(request.kv_cache, extras)
         return cls(request, q, k, v, out, extras, batch_shape)
+
+
+def fp8_arguments(q: ArraySpec, v: ArraySpec, extras: ExtraSpecs, fp8: Fp8Options | None) -> dict[str, Any]:
+    """What a request of 8-bit q, k and v is told beside what others are; nothing where they have 16 bits: InvalidArgument is raised where
+    there are options or factors of 8-bit numbers then."""
+    if q.dtype in FP8_DTYPES:
+        return {"v_dtype": v.dtype, "fp8": fp8 or Fp8Options(), "descale": extras.has_descale, "block_descale": extras.has_block_descale}
+    if fp8 is not None or extras.has_descale:
+        raise InvalidArgument(f"q has dtype {q.dtype}: q_descale, k_descale, v_descale and accumulate are of fp8 q, k and v")
+    return {}
 
 
 def check_pointers(pointers: tuple[int, ...]) -> None:
@@ -232,10 +247,19 @@ def check_rank(name: str, spec: ArraySpec, packed: bool = False) -> None:
 def check_same_dtype(q: ArraySpec, k: ArraySpec, v: ArraySpec) -> None:
     """Raises UnsupportedDtype for what no kernel knows, InvalidArgument for a mix."""
     for name, spec in (("q", q), ("k", k), ("v", v)):
-        if spec.dtype not in (*DTYPES_16BIT, "e4m3", "e5m2"):
-            raise UnsupportedDtype(f"{name} has dtype {spec.dtype}: accepted are float16 and bfloat16; convert with astype")
+        if spec.dtype not in (*DTYPES_16BIT, *FP8_DTYPES):
+            raise UnsupportedDtype(
+                f"{name} has dtype {spec.dtype}: accepted are float16 and bfloat16, and on Hopper float8_e4m3fn and float8_e5m2 (bits in "
+                "uint8 with dtype=); convert with astype"
+            )
+        if name == "v" and {spec.dtype, q.dtype} <= set(FP8_DTYPES):
+            continue  # v may have the other fp8 type
         if spec.dtype != q.dtype:
-            raise InvalidArgument(f"{name} has dtype {spec.dtype} and q has {q.dtype}: q, k and v must have the same dtype")
+            error = Fp8MustUseFp8Request if q.dtype in FP8_DTYPES or spec.dtype in FP8_DTYPES else InvalidArgument
+            raise error(
+                f"{name} has dtype {spec.dtype} and q has {q.dtype}: q, k and v must have the same dtype, or be fp8, where v may have the "
+                "other"
+            )
 
 
 def check_shapes(q: ArraySpec, k: ArraySpec, v: ArraySpec, cached: bool = False) -> None:

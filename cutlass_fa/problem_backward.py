@@ -113,7 +113,7 @@ class BackwardProblem:
             if per_row is not None:
                 _check_per_row(name, per_row, lse_like)
                 check_device(name, per_row, q)
-        extras.check(q, request.batch)
+        extras.check(q, request.batch, request.num_heads_kv, request.seqlen_k)
         dlearnable_sink = _sink_gradient(dlearnable_sink, extras.learnable_sink, q)
         return cls(request, q, k, v, out, dout, lse, dlse, dq, dk, dv, dlearnable_sink, extras)
 

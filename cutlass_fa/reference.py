@@ -23,6 +23,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from .extras import DESCALE_BLOCK
+
 Array: TypeAlias = Any  # numpy.ndarray or cupy.ndarray
 
 _UNBOUNDED = 1 << 60  # a distance that no two positions have
@@ -45,7 +47,8 @@ class AttentionOptions:
         dropout_mask: bool (batch, num_heads_q, seqlen_q, seqlen_k), True = keep; shorter sequences use its
             top left corner. Kept probabilities are multiplied by 1 / (1 - dropout_p); lse does not change.
         dropout_p: what the mask was drawn with; dropout_p without a mask raises ValueError.
-        q_descale, k_descale, v_descale: float or (batch, num_heads_kv); factors of the stored q, k, v.
+        q_descale, k_descale, v_descale: float or (batch, num_heads_kv); factors of the stored q, k, v. The latter
+            two also (batch, num_heads_kv, blocks): a factor for each DESCALE_BLOCK keys of a sequence.
         cu_seqlens_q, cu_seqlens_k: int (batch + 1,), of packed arrays: sequence b owns rows cu_seqlens[b] to
             cu_seqlens[b + 1].
         seqused_q, seqused_k: int (batch,): only the first so many of a sequence's rows exist; by default all.
@@ -89,7 +92,7 @@ class Head:
     softcap: float  # 0 without
     alibi_slope: float  # 0 without
     sink: float  # logit of the learnable sink, -inf without
-    descale: list[float]  # factors of q, k, v
+    descale: list[Array | float]  # factors of q, k, v: numbers, or (seqlen_k, 1)
     rows_q: slice  # where q lies in the packed queries
     rows_k: slice
     index: int  # of the query head
@@ -350,7 +353,7 @@ def _sequence_heads(q: Array, k: Array, v: Array, sequence: int, rows_q: slice, 
             softcap=options.softcap,
             alibi_slope=_entry(options.alibi_slopes, 0.0, sequence, h),
             sink=_entry(options.learnable_sink, -math.inf, sequence, h),
-            descale=[_entry(x, 1.0, sequence, kv) for x in descales],
+            descale=[_factor(x, seqlens[1], xp, sequence, kv) for x in descales],
             rows_q=rows_q,
             rows_k=rows_k,
             index=h,
@@ -385,6 +388,14 @@ def _entry(option: Array | float | None, default: Any, *index: int) -> Any:
         return default
     table = _host(option)
     return table[index[len(index) - table.ndim :]].item()
+
+
+def _factor(option: Array | float | None, seqlen_k: int, xp: ModuleType, sequence: int, kv: int) -> Any:
+    """The factor of a key head, or of each of its keys: (seqlen_k, 1)."""
+    table = _host(1.0 if option is None else option)
+    if table.ndim == 3:
+        return xp.asarray(np.repeat(table[sequence, kv], DESCALE_BLOCK)[:seqlen_k, None])
+    return table.item() if table.size == 1 else _entry(table, 1.0, sequence, kv)
 
 
 def _host(x: Array) -> Any:

@@ -78,10 +78,7 @@ class AttentionRequest:
                 raise SeqlenOverflow(
                     f"{name}_offset={offset} and seqlen_{name}={seqlen}: positions are 31-bit; together at most {MAX_SEQLEN}"
                 )
-        if self.dtype in FP8_DTYPES:
-            raise Fp8MustUseFp8Request(f"dtype={self.dtype}: {type(self).__name__} takes f16 and bf16, not fp8; convert the arrays")
-        if self.dtype not in DTYPES_16BIT:
-            raise UnsupportedDtype(f"dtype={self.dtype}: accepted are f16 and bf16; convert the arrays")
+        self._check_dtype()
         problem = arch_problem(self.arch)
         if problem is not None:
             raise InvalidArgument(problem)
@@ -96,6 +93,15 @@ class AttentionRequest:
         if not 0 <= self.dropout_p < 1:
             raise InvalidArgument(f"dropout_p={self.dropout_p}: the share of probabilities that are dropped, at least 0 and below 1")
 
+    def _check_dtype(self) -> None:
+        if self.dtype in FP8_DTYPES:
+            raise Fp8MustUseFp8Request(
+                f"dtype={self.dtype}: {type(self).__name__} takes f16 and bf16; use Fa3FwdFp8Request, a forward on sm_90a, or convert "
+                "the arrays"
+            )
+        if self.dtype not in DTYPES_16BIT:
+            raise UnsupportedDtype(f"dtype={self.dtype}: accepted are f16 and bf16; convert the arrays")
+
     def _check_sizes(self) -> None:
         if self.batch < 1:
             raise EmptyBatch(f"batch={self.batch}: q, k and v need at least one sequence")
@@ -105,7 +111,7 @@ class AttentionRequest:
             raise InvalidGqaRatio(
                 f"num_heads_q={self.num_heads_q}, num_heads_kv={self.num_heads_kv}: num_heads_q must be a positive multiple of num_heads_kv"
             )
-        if cell_head_dim(self.head_dim) is None:
+        if cell_head_dim(self.head_dim, self.dtype) is None:
             raise UnsupportedHeadDim(f"head_dim={self.head_dim}: accepted are multiples of 8 from 8 to 256; pad the last dimension")
 
     @property
@@ -124,6 +130,11 @@ class AttentionRequest:
         return self.softmax_scale if self.softmax_scale is not None else 1.0 / math.sqrt(self.head_dim)
 
     @property
+    def score_scale(self) -> float:
+        """What products of stored numbers q k^T are multiplied by."""
+        return self.scale
+
+    @property
     def position_shift(self) -> int:
         """Query i stands at the index i + position_shift of the keys."""
         if self.q_offset is None and self.k_offset is None:
@@ -138,7 +149,7 @@ class AttentionRequest:
 
     def _key(self, family: str, direction: str) -> DispatchKey:
         """The key of this request, heads not packed."""
-        head_dim = cell_head_dim(self.head_dim)
+        head_dim = cell_head_dim(self.head_dim, self.dtype)
         assert head_dim is not None  # checked when the request was made
         return DispatchKey(
             family,
@@ -191,6 +202,11 @@ class ForwardRequest(AttentionRequest):
         if self.num_splits > 1 and self.kv_cache is None:
             raise InvalidArgument(f"num_splits={self.num_splits}: only calls on a KV cache divide keys among CTAs; leave it out")
 
+    @property
+    def out_dtype(self) -> str:
+        """Of out, where float_out does not say otherwise."""
+        return self.dtype
+
     def _forward_key(self, family: str) -> DispatchKey:
         return replace(self._key(family, "fwd"), float_out=self.float_out, split=self.num_splits > 1)
 
@@ -225,8 +241,7 @@ class Fa3FwdRequest(ForwardRequest):
 
     def _packed(self, key: DispatchKey) -> DispatchKey:
         """The same with as many heads in a tile's rows as its tile is filled by."""
-        tile_m = fa3_fwd_tile_of(key.head_dim, key.features).tile_m
-        return replace(key, gqa_ratio=packed_gqa_ratio(self._usual_seqlen_q, self.num_heads_q // self.num_heads_kv, tile_m))
+        return replace(key, gqa_ratio=packed_gqa_ratio(self._usual_seqlen_q, self.num_heads_q // self.num_heads_kv, _fa3_tile_m(key)))
 
     def _gains_by_splits(self, key: DispatchKey) -> bool:
         """Whether CTAs should share keys where the call does not say so: the queries of a sequence fit the smaller tile, or tiles of `key`
@@ -234,9 +249,9 @@ class Fa3FwdRequest(ForwardRequest):
         if self.kv_cache is None or self.num_splits != 0 or self.persistent == Grid():
             return False
         own = self._packed(replace(key, split=True))
-        if self._usual_seqlen_q * own.gqa_ratio <= fa3_fwd_tile_of(own.head_dim, own.features).tile_m:
+        if self._usual_seqlen_q * own.gqa_ratio <= _fa3_tile_m(own):
             return True
-        queries = fa3_fwd_tile_of(key.head_dim, key.features).tile_m // key.gqa_ratio
+        queries = _fa3_tile_m(key) // key.gqa_ratio
         tiles = self.batch * -(-self._usual_seqlen_q // queries) * (self.num_heads_q // key.gqa_ratio)
         return 2 * tiles <= limits_of(self.arch).num_sms
 
@@ -371,6 +386,12 @@ def forward_request(family: str | None, persistent: PersistentMode | None, **arg
 
     Raises InvalidArgument for another family, or for persistent CTAs of the fa2 family, whose CTAs have one tile each.
     """
+    if arguments.get("dtype") in FP8_DTYPES:
+        from .requests_fp8 import Fa3FwdFp8Request  # here, because it is made from this module's
+
+        if family not in (None, "fa3"):
+            raise Fp8MustUseFp8Request(f"family={family!r} with dtype={arguments['dtype']}: fp8 is of family fa3; leave family out")
+        return Fa3FwdFp8Request(persistent=persistent, **arguments)
     if family is None:
         family = family_of(arguments["arch"], "fwd", dropout=arguments["dropout_p"] > 0)
     if family == "fa3":
@@ -404,6 +425,11 @@ def sequence_tiles_key(arch: str) -> DispatchKey:
 
 
 PACKING_GAIN = 0.9  # heads are packed when whole tiles of single heads would use less than this share of what packed tiles use
+
+
+def _fa3_tile_m(key: DispatchKey) -> int:
+    """Rows of a tile of family fa3."""
+    return fa3_fwd_tile_of(key.head_dim, key.features, fp8=key.dtype in FP8_DTYPES).tile_m
 
 
 def packed_gqa_ratio(seqlen_q: int, gqa_ratio: int, tile_m: int, packed_tile_m: int | None = None) -> int:

@@ -13,8 +13,8 @@ from .arrays import ArraySpec
 from .errors import InvalidArgument, LaunchError
 from .kv_cache import KEY_GROUP
 
-_ELEMENT_BYTES = 2
 _MAP_BYTES = 128
+ELEMENT_BYTES = {"bf16": 2, "f16": 2, "e4m3": 1, "e5m2": 1}
 SEQUENCE_EDGE = 1 << 30  # kSequenceEdge of sequences.cuh
 _MAX_MAPS = 1024  # addresses remembered per geometry: a caller that never reuses memory must not fill the host's
 
@@ -24,13 +24,17 @@ class TensorMapGeometry:
     """Everything about a map but the address, dimensions innermost first as the driver counts them.
 
     extents, box: elements. strides: elements, of every dimension but the innermost, which is contiguous. The box is stored in shared
-    memory with a swizzle as wide as its rows (box[0] * 2 bytes), or none where they are 16 bytes.
+    memory with a swizzle as wide as its rows (box[0] * element_bytes), or none where they are 16 bytes.
     """
 
     extents: tuple[int, ...]
     strides: tuple[int, ...]
     box: tuple[int, ...]
     dtype: str
+
+    @property
+    def element_bytes(self) -> int:
+        return ELEMENT_BYTES[self.dtype]
 
     @classmethod
     def of_rows(cls, spec: ArraySpec, rows: int, columns: int) -> TensorMapGeometry:
@@ -57,9 +61,10 @@ class TensorMapGeometry:
         """
         _, total, heads, head_dim = spec.shape
         _, by_row, by_head, _ = spec.strides
-        by_row = by_row if total > 1 else 16 // _ELEMENT_BYTES
+        element_bytes = ELEMENT_BYTES[spec.dtype]
+        by_row = by_row if total > 1 else 16 // element_bytes
         extents = (head_dim, SEQUENCE_EDGE, heads, 2 * SEQUENCE_EDGE, 2 * SEQUENCE_EDGE)
-        strides = (by_row, by_head, by_row, (1 << 34) // _ELEMENT_BYTES - by_row)
+        strides = (by_row, by_head, by_row, (1 << 34) // element_bytes - by_row)
         return cls._legal(extents, strides, (columns, rows, 1, 1, 1), spec.dtype)
 
     @classmethod
@@ -73,7 +78,7 @@ class TensorMapGeometry:
         unit = _page_unit(spec)
         extents = (head_dim, SEQUENCE_EDGE, heads, 2 * SEQUENCE_EDGE, 2 * SEQUENCE_EDGE)
         by_row = by_row if spec.shape[1] > 1 else unit
-        strides = (by_row, by_head, unit, (1 << 34) // _ELEMENT_BYTES - by_row)
+        strides = (by_row, by_head, unit, (1 << 34) // ELEMENT_BYTES[spec.dtype] - by_row)
         return cls._legal(extents, strides, (columns, rows, 1, 1, 1), spec.dtype)
 
     @classmethod
@@ -88,14 +93,14 @@ class TensorMapGeometry:
     @property
     def swizzle_bytes(self) -> int:
         """Of the box in shared memory."""
-        row_bytes = self.box[0] * _ELEMENT_BYTES
+        row_bytes = self.box[0] * self.element_bytes
         return row_bytes if row_bytes > 16 else 0
 
     @classmethod
     def _legal(cls, extents: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...], dtype: str) -> TensorMapGeometry:
         """A dimension of extent 1 gets a stride of 16 bytes: its own is never used and may be one that the driver refuses."""
         used = zip(strides, extents[1:], strict=True)
-        return cls(extents, tuple(stride if extent > 1 else 16 // _ELEMENT_BYTES for stride, extent in used), box, dtype)
+        return cls(extents, tuple(stride if extent > 1 else 16 // ELEMENT_BYTES[dtype] for stride, extent in used), box, dtype)
 
 
 def page_steps(spec: ArraySpec) -> tuple[int, int]:
@@ -117,7 +122,7 @@ def page_steps(spec: ArraySpec) -> tuple[int, int]:
 def _page_unit(spec: ArraySpec) -> int:
     """Elements of which both a page's and a row's stride are multiples."""
     apart = [stride for stride, extent in zip(spec.strides[:2], spec.shape[:2], strict=True) if extent > 1]
-    return math.gcd(*apart) or 16 // _ELEMENT_BYTES
+    return math.gcd(*apart) or 16 // ELEMENT_BYTES[spec.dtype]
 
 
 class TensorMaps(dict[tuple[int, ...], tuple[int, ...]]):
@@ -160,11 +165,13 @@ def encode(geometry: TensorMapGeometry, pointer: int) -> bytes:
         0: swizzles.CU_TENSOR_MAP_SWIZZLE_NONE,
     }[geometry.swizzle_bytes]
     error, tensor_map = driver.cuTensorMapEncodeTiled(
-        {"bf16": types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, "f16": types.CU_TENSOR_MAP_DATA_TYPE_FLOAT16}[geometry.dtype],
+        {"bf16": types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, "f16": types.CU_TENSOR_MAP_DATA_TYPE_FLOAT16}.get(
+            geometry.dtype, types.CU_TENSOR_MAP_DATA_TYPE_UINT8
+        ),
         len(geometry.extents),
         pointer,
         [u64(extent) for extent in geometry.extents],
-        [u64(stride * _ELEMENT_BYTES) for stride in geometry.strides],
+        [u64(stride * geometry.element_bytes) for stride in geometry.strides],
         [u32(extent) for extent in geometry.box],
         [u32(1)] * len(geometry.box),
         driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -12,24 +13,41 @@ from cutlass_fa.dispatch import (
     CELL_HEAD_DIMS,
     DISPATCH_TABLE,
     FLAG_WORDS,
+    FP8_DTYPES,
+    FP8_FLAGS,
+    FP8_HEAD_DIMS,
+    FP8_LACKS,
     SEQUENCE_TILES_OF,
     DispatchKey,
 )
 from tests.covering import covering
 
 _MAX_LINES = 485  # of a translation unit with one feature
-_MORE_LINES = 25  # for each further one
+_MORE_LINES = 25  # for each further one, of which 8-bit numbers are one
 _SHORT_BLOCK_LINES = 75  # sink tokens in a Hopper forward have a step of their own
 _TWO_LAYOUTS_LINES = 15  # K and V of a cache are loaded in two ways
 
 
 def line_limit(key: DispatchKey) -> int:
     """How many lines the translation unit of a key may have."""
-    features = sum(bool(getattr(key, field)) for field, _ in FLAG_WORDS)
-    has_short_block = key.sink and (key.family, key.direction) == ("fa3", "fwd")
+    is_fp8 = key.dtype in FP8_DTYPES
+    features = sum(bool(getattr(key, field)) for field, _ in FLAG_WORDS) + is_fp8
+    has_short_block = key.sink and (key.family, key.direction) == ("fa3", "fwd") and not is_fp8
     has_two_layouts = key.k_tokens_inner != key.v_tokens_inner
     more = _SHORT_BLOCK_LINES * has_short_block + _TWO_LAYOUTS_LINES * has_two_layouts
     return _MAX_LINES + _MORE_LINES * max(features - 1, 0) + more
+
+
+def _fp8_keys() -> Iterator[DispatchKey]:
+    """The forwards of 8-bit numbers, whose flags meet those of 16 bits by twos."""
+    factors: dict[str, Any] = {"dtype": FP8_DTYPES, "v_dtype": FP8_DTYPES, "head_dim": FP8_HEAD_DIMS}
+    flags = [flag for flag in (*BUILT_FLAGS["fa3", "fwd"], *FP8_FLAGS) if flag not in FP8_LACKS]
+    for chosen in covering(factors | {flag: (False, True) for flag in flags}, 2):
+        chosen["sliding_window"] |= chosen["sink"]
+        chosen["causal"] |= chosen["position_offset"]
+        chosen["descale"] |= chosen["block_descale"]
+        chosen["half_out"] &= not chosen["float_out"]
+        yield DispatchKey("fa3", "fwd", "sm_90a", **chosen)
 
 
 @lru_cache(maxsize=1)
@@ -59,5 +77,6 @@ def sampled_keys() -> tuple[DispatchKey, ...]:
             if direction == "bwd_convert" and chosen["split"]:
                 chosen["varlen"] = False
             keys.add(DispatchKey(family, direction, **chosen))
+    keys |= set(_fp8_keys())
     assert not [key for key in keys if DISPATCH_TABLE.why_not(key)]
     return tuple(sorted(keys, key=str))

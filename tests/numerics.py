@@ -97,12 +97,12 @@ def lowp_forward(
     """``(out, lse)`` of the low precision that q's dtype names: out in that dtype, lse in float32.
 
     dtype and v_dtype name the formats of q and k, and of v, where the arrays themselves do not (uint8 bits of
-    fp8). With fp8 inputs everything but the probabilities (in v's format) is rounded to out_dtype, by default
+    fp8). With fp8 inputs everything but the probabilities (in e4m3) is rounded to out_dtype, by default
     bfloat16. options: those of attention_forward.
     """
     dtype, v_dtype = _formats(q, v, dtype, v_dtype)
     low_dtype = _low_dtype(dtype, out_dtype)
-    fp8_p = PRECISIONS[v_dtype.name] if v_dtype.name in FP8_DTYPES else None
+    fp8_p = PRECISIONS["float8_e4m3fn"] if v_dtype.name in FP8_DTYPES else None
     compute = partial(_lowp_head_forward, low=PRECISIONS[low_dtype.name], fp8_p=fp8_p)
     q, k, v = decoded(q, dtype), decoded(k, dtype), decoded(v, v_dtype)
     out, lse = forward_by_head(compute, q, k, v, AttentionOptions(**options))
@@ -250,11 +250,19 @@ def random_array(
     in_memory = (*shape[:-3], shape[-2], shape[-3], shape[-1]) if swapped else shape
     values = encoded(xp.asarray(rng.standard_normal(in_memory, dtype=np.float32)), dtype)
     if extra_strides:
-        buffer = poisoned(xp, (*(extent + 2 for extent in in_memory[:-1]), in_memory[-1] + 32), dtype)
+        row = in_memory[-1] + 32
+        row += -row % (16 // np.dtype(dtype).itemsize)
+        buffer = poisoned(xp, (*(extent + 2 for extent in in_memory[:-1]), row), dtype)
         inside = (*(slice(1, 1 + extent) for extent in in_memory[:-1]), slice(16, 16 + in_memory[-1]))
         buffer[inside] = values
         values = buffer[inside]
     return values.swapaxes(-3, -2) if swapped else values
+
+
+def random_outliers(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Standard normal numbers in float32, one of 500 ten times as large."""
+    x = rng.standard_normal(shape, dtype=np.float32)
+    return np.where(rng.random(shape) < 0.002, np.float32(10) * x, x)
 
 
 def random_qkv(

@@ -145,6 +145,12 @@ def test_a_baseline_without_features_takes_the_same_arrays() -> None:
     assert device.inputs(Point("bf16", 64, 1024, True), like=inputs).q.shape == (16, 1024, 32, 64)
 
 
+def test_eight_bit_inputs_say_what_their_bits_are() -> None:
+    q = np.zeros((1, 2, 3, 64), np.uint8)
+    assert Inputs(q, q, q, dtype="float8_e4m3fn").options == {"causal": False, "dtype": "float8_e4m3fn"}
+    assert "dtype" not in Inputs(q, q, q).options
+
+
 def test_calls_name_the_arguments_of_the_public_functions(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[dict[str, Any]] = []
     for name in ("flash_attn_func", "flash_attn_varlen_func"):

@@ -142,11 +142,12 @@ def test_explain_refusal(words: tuple[str, ...], key: str, reason: str, own_cach
 
 def test_every_flag_of_explain_reaches_the_key(capsys: pytest.CaptureFixture[str]) -> None:
     words = "--head-dim 64 --causal --varlen --sliding-window --sink --alibi --paged --gqa-ratio 2 --dtype e4m3 --v-dtype e5m2 --family fa3"
-    words += " --learnable-sink"
+    words += " --learnable-sink --half-out --precise --block-descale --float-out"
     status, report = run_json(capsys, "explain", *words.split())
     key = DispatchKey.parse(report["key"])
     assert status == 2 and report["reasons"]
     assert key.causal and key.varlen and key.sliding_window and key.sink and key.alibi and key.paged and key.learnable_sink
+    assert key.half_out and key.precise and key.block_descale and key.float_out and not key.descale
     assert (key.gqa_ratio, key.dtype, key.v_dtype, key.family, key.direction) == (2, "e4m3", "e5m2", "fa3", "fwd")
 
 

@@ -18,6 +18,9 @@ from cutlass_fa.dispatch import (
     DTYPES,
     FAMILIES,
     FLAG_WORDS,
+    FP8_DTYPES,
+    FP8_FLAGS,
+    FP8_HEAD_DIMS,
     DispatchKey,
     cell_head_dim,
     family_of,
@@ -48,7 +51,10 @@ def test_names_parse_back_and_are_unique() -> None:
 def test_name_leaves_out_defaults() -> None:
     assert str(BASE) == "fa3_fwd_sm90a_bf16_hdim128"
     full = DispatchKey("fa3", "fwd", "sm_90a", "e4m3", 64, gqa_ratio=4, v_dtype="e5m2", **{field: True for field, _ in FLAG_WORDS})
-    words = "causal_varlen_window_alibi_sink_lsink_paged_kinner_vinner_offsets_softcap_dropout_f32out_deterministic_split_rotary"
+    words = (
+        "causal_varlen_window_alibi_sink_lsink_paged_kinner_vinner_offsets_softcap_dropout_f32out_f16out_precise_descale_bdescale_"
+        "deterministic_split_rotary"
+    )
     assert str(full) == f"fa3_fwd_sm90a_e4m3_ve5m2_hdim64_{words}_gqa4"
     assert str(DispatchKey("fa2", "bwd_preprocess", "sm_80", "bf16", 128)) == "fa2_bwd_preprocess_sm80_bf16_hdim128"
 
@@ -76,7 +82,15 @@ def test_key_refuses_unknown_words() -> None:
         ({"family": "fa2", "direction": "bwd", "gqa_ratio": 2}, "heads are not packed"),
         ({"dropout": True}, "dropout is not built yet in the fa3 fwd"),
         ({"direction": "bwd"}, "backward"),
-        ({"dtype": "e4m3", "v_dtype": "e4m3"}, "e4m3"),
+        ({"family": "fa2", "dtype": "e4m3", "v_dtype": "e4m3"}, "dtype e4m3 is not built yet in the fa2 fwd"),
+        ({"family": "fa2", "arch": "sm_89", "dtype": "e4m3", "v_dtype": "e4m3"}, "fp8 needs sm_90a"),
+        ({"dtype": "e4m3", "v_dtype": "e5m2", "head_dim": 80}, "head_dim 80"),
+        ({"dtype": "e4m3", "v_dtype": "e5m2", "float_out": True, "half_out": True}, "in float32 or in float16"),
+        ({"dtype": "e4m3", "v_dtype": "e5m2", "block_descale": True}, "set both"),
+        ({"dtype": "e4m3", "v_dtype": "e4m3", "paged": True}, "paged is not built yet"),
+        ({"precise": True}, "precise is of fp8 forwards"),
+        ({"half_out": True}, "half_out is of fp8 forwards"),
+        ({"descale": True}, "descale is of fp8 forwards"),
         ({"v_dtype": "f16"}, "must agree"),
         ({"v_dtype": "e4m3"}, "both 16-bit or both fp8"),
         ({"family": "fa2", "direction": "bwd_convert", "varlen": True, "split": True}, "leave out varlen"),
@@ -122,11 +136,14 @@ def test_valid_keys_are_what_lookup_serves() -> None:
     combinations = 2 * len(CELL_HEAD_DIMS)  # dtypes x head_dims
     masks = 12 + 11  # causal, alibi, and a window, which may have sink tokens: each with offsets too, but for none of them
     counts = Counter((key.family, key.direction) for key in valid)
-    assert counts["fa3", "fwd"] == combinations * 10 * 2**3 * masks  # varlen and four caches, each split too; lsink, softcap, float_out
+    fp8_combinations = len(FP8_DTYPES) * len(FP8_HEAD_DIMS)  # not on caches
+    of_fa3 = 10 * combinations + 2 * fp8_combinations  # varlen and four caches, each split too
+    assert counts["fa3", "fwd"] == of_fa3 * 2**3 * masks  # lsink, softcap, float_out
     assert counts["fa2", "fwd"] == combinations * 8 * 2**3 * masks * len(ARCHS)  # dropout or, with varlen, paged of 4 layouts; as fa3
     assert set(counts) == set(BUILT_FLAGS)
     assert all(DISPATCH_TABLE.lookup(key) is key for key in valid)
-    assert {replace(key, gqa_ratio=1) for key in DISPATCH_TABLE} <= set(valid)
+    plain = dict.fromkeys(FP8_FLAGS, False)
+    assert {replace(key, gqa_ratio=1, v_dtype=key.dtype, **plain) for key in DISPATCH_TABLE} <= set(valid)
     assert all(DISPATCH_TABLE.lookup(key) is key for key in DISPATCH_TABLE)
 
 
@@ -167,3 +184,4 @@ def test_cell_head_dim_rounds_up() -> None:
     assert all(cell in CELL_HEAD_DIMS and cell >= head_dim for head_dim, cell in served.items())
     assert served[8] == 64 and served[64] == 64 and served[72] == 80 and served[136] == 192 and served[200] == 256
     assert [cell_head_dim(head_dim) for head_dim in (0, 4, 100, 264, -8)] == [None] * 5
+    assert cell_head_dim(72, "e4m3") == cell_head_dim(80, "e5m2") == 96 and cell_head_dim(264, "e4m3") is None

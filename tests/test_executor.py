@@ -24,13 +24,19 @@ from cutlass_fa.executor import ExecutorFault, ExecutorKernel, Program, compiler
 from cutlass_fa.executor.run import RunShape, run_key
 from cutlass_fa.render import render
 from cutlass_fa.request_parts import PersistentMode
+from cutlass_fa.requests_fp8 import Fp8Options
 from tests.numerics import check_forward, poisoned, random_qkv
 from tools import mutate
 
 pytestmark = pytest.mark.skipif(compiler_problem() is not None, reason=str(compiler_problem()))
 
 GOLDEN = [key for key in DISPATCH_TABLE if key.direction == "fwd" and not key.varlen]
-DTYPES = {"f16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
+DTYPES = {
+    "f16": np.dtype(np.float16),
+    "bf16": np.dtype(ml_dtypes.bfloat16),
+    "e4m3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "e5m2": np.dtype(ml_dtypes.float8_e5m2),
+}
 SEEDS = (0, 1, 2, 3)  # every policy for landing copies, fair and unfair scheduling
 Build = Callable[[DispatchKey], Program]
 
@@ -75,6 +81,7 @@ class Case:
             num_heads_kv=self.groups,
             head_dim=cell.head_dim - self.narrower,
             dtype=DTYPES[cell.key.dtype],
+            v_dtype=DTYPES[cell.key.v_dtype],
             memory_order=self.order,
             extra_strides=self.strided,
         )
@@ -107,10 +114,23 @@ def run(cell: Cell, program: Program, case: Case, seed: int) -> tuple[np.ndarray
     q, k, v = case.arrays(cell, seed=7)
     called, expected = features(cell, q, k, case)
     persistent = case.persistent if cell.key.family == "fa3" else None  # a CTA of the other family has one tile
-    like = case.out_like(q, np.float32 if cell.has_float_out else q.dtype)
+    like = case.out_like(q, out_dtype(cell))
     result = run_forward(cell, q, k, v, seed=seed, program=program, persistent=persistent, out_like=like, **called)
     check_forward(result.out, result.lse, q, k, v, case=f"{cell.name} {case} seed {seed}", causal=cell.is_causal, **expected)
     return result.out, result.lse
+
+
+def out_dtype(cell: Cell) -> np.dtype:
+    return np.dtype(np.float32) if cell.has_float_out else DTYPES[{"float16": "f16", "bfloat16": "bf16"}[cell.element]]
+
+
+def descales(cell: Cell, q: np.ndarray, k: np.ndarray) -> dict[str, np.ndarray]:
+    """Factors of each key head, where the cell has them of each block of keys too; q's are the same for all, v's are strided."""
+    rng = np.random.default_rng(11)
+    heads = (q.shape[0], k.shape[2])
+    blocks = (-(-k.shape[1] // 128),) if cell.key.block_descale else ()
+    draw = lambda *shape: (2.0 ** rng.uniform(-1, 1, shape)).astype(np.float32)  # noqa: E731
+    return {"q_descale": draw(1), "k_descale": draw(*heads, *blocks), "v_descale": 8 * draw(*heads, *blocks, 2)[..., 0]}
 
 
 def alibi_slopes(q: np.ndarray) -> np.ndarray:
@@ -142,6 +162,12 @@ def features(cell: Cell, q: np.ndarray, k: np.ndarray, case: Case) -> tuple[dict
         called["learnable_sink"] = expected["learnable_sink"] = learnable_sinks(q.shape[2])
     if cell.has_softcap:
         called["softcap"] = expected["softcap"] = 5.0
+    if cell.is_fp8:
+        accumulate = "precise" if cell.key.precise else "fast"
+        called["fp8"] = Fp8Options(accumulate, out_dtype="f16" if cell.key.half_out else "bf16")
+    if cell.key.descale:
+        called |= descales(cell, q, k)
+        expected |= descales(cell, q, k)
     if cell.has_dropout:
         called |= {"dropout_p": 0.17, "random_state": (0x1234_5678_9ABC_DEF0, 3 << 32 | 5)}
         mask = dropout_mask(*called["random_state"], 0.17, q.shape[0], q.shape[2], q.shape[1], k.shape[1])

@@ -25,6 +25,7 @@ from cutlass_fa.reference import Gradients, attention_forward
 from cutlass_fa.render import render
 from cutlass_fa.request_parts import Causal, CumulativeSeqlens, MaskKind, SlidingFull
 from cutlass_fa.requests import sequence_tiles_key
+from tests import test_executor
 from tests.backward_cases import DTYPES
 from tests.numerics import check_backward, check_forward
 from tests.varlen_cases import Lengths
@@ -63,6 +64,9 @@ def features(key: DispatchKey, lengths: Lengths, heads: int) -> tuple[dict[str, 
         called["learnable_sink"] = np.linspace(-2, 3, heads, dtype=np.float32)
     if key.position_offset:
         called |= {"q_offset": 31, "k_offset": 2}
+    if key.descale:
+        factors = np.linspace(0.5, 2.0, lengths.batch, dtype=np.float32)[:, None]  # (batch, num_heads_kv = 1)
+        called |= {"q_descale": factors, "k_descale": factors[::-1].copy(), "v_descale": 4 * factors}
     expected = dict(called)
     if key.dropout:
         called |= {"dropout_p": 0.17, "random_state": (3, 4)}
@@ -75,7 +79,7 @@ def features(key: DispatchKey, lengths: Lengths, heads: int) -> tuple[dict[str, 
 def test_golden_cell(build: Build, key: DispatchKey, lengths: Lengths) -> None:
     """Right under every schedule, and bitwise the same; keys that are not in use are NaN, and so are queries."""
     heads = max(key.gqa_ratio, 2), 1
-    q, k, v = lengths.qkv(np, np.random.default_rng(7), heads, key.head_dim, DTYPES[key.dtype])
+    q, k, v = lengths.qkv(np, np.random.default_rng(7), heads, key.head_dim, test_executor.DTYPES[key.dtype])
     called, expected = features(key, lengths, heads[0])
     sequences, results = lengths.arrays(np), []
     for seed in SEEDS:

@@ -18,6 +18,7 @@ from cutlass_fa.cell import Cell
 from cutlass_fa.cells.fa2_bwd import Fa2BwdCell
 from cutlass_fa.cells.fa2_fwd import Fa2FwdCell
 from cutlass_fa.cells.fa3_fwd import Fa3FwdCell
+from cutlass_fa.cells.fa3_fwd_fp8 import Fa3FwdFp8Cell
 from cutlass_fa.compile import Cubin, compile_source
 from cutlass_fa.disassembly import instruction_counts, local_memory_instructions, tensor_core_instructions
 from cutlass_fa.dispatch import BUILT_FLAGS, DISPATCH_TABLE, DispatchKey
@@ -39,6 +40,7 @@ ACCEPTED_SPILLS: dict[str, tuple[int, str]] = {
     "fa3_fwd_sm90a_bf16_hdim128_causal_varlen": (16, "the address of the tile queue's barrier, read once a tile"),
     "fa3_fwd_sm90a_bf16_hdim128_causal_varlen_paged_gqa4": (8, "one value, read once a tile"),
     "fa3_fwd_sm90a_bf16_hdim128_causal_varlen_paged_kinner_vinner": (16, "the address of the tile queue's barrier, read once a tile"),
+    "fa3_fwd_sm90a_e4m3_hdim64_varlen_window_alibi_sink_lsink_f32out_descale_gqa4": (40, "the producer's and the scheduler's alone"),
     "fa2_bwd_sm90a_bf16_hdim256_softcap": (64, "loop invariants, read once a block of 64 x 64 scores: dV or dK take 128 registers"),
 }
 
@@ -161,6 +163,8 @@ def fa3_fwd_instructions(cell: Cell) -> tuple[Counter[str], Counter[str]]:
     """At least so many matrix products by kind, and so many other instructions."""
     assert isinstance(cell, Fa3FwdCell)
     blocks = 3 if cell.has_own_overlap else 2  # Q K^T: the first block and the loop's, which may be two; P V: the loop's and the last
+    if isinstance(cell, Fa3FwdFp8Cell):
+        return fa3_fwd_fp8_instructions(cell, blocks)
     suffix = "x16.F32.BF16" if cell.key.dtype == "bf16" else "x16.F32"
     expected: Counter[str] = Counter()
     expected[f"HGMMA.64x{cell.tile_n}{suffix}"] += blocks * cell.head_dim // 16
@@ -169,6 +173,18 @@ def fa3_fwd_instructions(cell: Cell) -> tuple[Counter[str], Counter[str]]:
         expected[f"HGMMA.64x{cell.sink_tile}{suffix}"] += cell.head_dim // 16
         expected[f"HGMMA.64x{cell.head_dim}{suffix}"] += (cell.tile_n + cell.sink_tile) // 16  # also of the block before
     return expected, Counter({"UTMALDG": 3, "USETMAXREG": 2 * cell.has_register_moves})  # TMA loads of Q, K and V; each role's registers
+
+
+def fa3_fwd_fp8_instructions(cell: Fa3FwdFp8Cell, blocks: int) -> tuple[Counter[str], Counter[str]]:
+    """As of 16 bits, where P is always E4M3; the transposing warps' matrices and byte permutes; a conversion for every two scores."""
+    dtype, v_dtype = cell.key.dtype.upper(), cell.key.v_dtype.upper()
+    columns = cell.slice_columns or cell.head_dim
+    expected: Counter[str] = Counter()
+    expected[f"QGMMA.64x{cell.tile_n}x32.F32.{dtype}.{dtype}"] += blocks * cell.head_dim // 32
+    expected[f"QGMMA.64x{columns}x32.F32.E4M3.{v_dtype}"] += blocks * cell.tile_n // 32 * cell.head_dim // columns
+    groups = cell.tile_n // 32
+    others = Counter({"UTMALDG": 3, "USETMAXREG": 2, "LDSM": groups, "STSM": groups, "PRMT": 4 * groups})
+    return expected, others + Counter({"F2FP": blocks * cell.tile_n // 4})
 
 
 def fa2_fwd_instructions(cell: Cell) -> tuple[Counter[str], Counter[str]]:

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import shutil
 import subprocess
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,9 @@ from cutlass_fa.layouts import (
     a_operand_coordinates,
     accumulator_coordinates,
     accumulator_register_of_a_operand,
+    column_order,
+    fp8_a_operand_coordinates,
+    kv_order,
     mma_a_coordinates,
     mma_accumulator_coordinates,
     mma_b_coordinates,
@@ -477,3 +481,25 @@ def test_a_operand_indices_outside_the_fragment_are_refused(indices: tuple[int, 
     if indices[0] == 0:
         with pytest.raises(ValueError, match=r"register|half"):
             accumulator_register_of_a_operand(*indices)
+
+
+def test_fp8_probabilities_are_where_the_operand_wants_them() -> None:
+    """softmax_fp8.cuh packs accumulator registers 8 (i / 2) + 2 (i % 2) + 0, 1, 4, 5 into register i: keys in kv_order."""
+    for thread in range(128):
+        for i in range(8):  # two steps of 32
+            for byte, offset in enumerate((0, 1, 4, 5)):
+                row, key = accumulator_coordinates(thread, i // 2 * 8 + i % 2 * 2 + offset)
+                operand_row, k = fp8_a_operand_coordinates(thread, i % 4, byte)
+                assert (row, key) == (operand_row, kv_order(32 * (i // 4) + k))
+
+
+def test_fp8_orders_are_permutations_of_16() -> None:
+    for order in (kv_order, column_order):
+        assert sorted(map(order, range(16))) == list(range(16)) and [order(i + 16) for i in range(16)] == [order(i) + 16 for i in range(16)]
+
+
+def test_fp8_output_has_four_neighbouring_columns_a_thread() -> None:
+    """output_fp8.cuh: numbers 8 g, 8 g + 4, 8 g + 1 and 8 g + 5 of a thread's row."""
+    for thread, group in product(range(128), range(4)):
+        columns = [column_order(accumulator_coordinates(thread, 8 * group + i)[1]) for i in (0, 4, 1, 5)]
+        assert columns == [16 * group + thread % 4 * 4 + i for i in range(4)]

@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 
 from cutlass_fa.arch.limits import limits_of
-from cutlass_fa.arch.sm90 import FA3_FWD_TILES
+from cutlass_fa.arch.sm90 import FA3_FWD_CROWDED_TILES, FA3_FWD_FP8_TILES, FA3_FWD_PRECISE_TILES, FA3_FWD_TILES
 from cutlass_fa.cell import Cell
 from cutlass_fa.cells.fa3_fwd import Fa3FwdCell
-from cutlass_fa.dispatch import DISPATCH_TABLE, FLAG_WORDS, DispatchKey
+from cutlass_fa.cells.fa3_fwd_fp8 import Fa3FwdFp8Cell
+from cutlass_fa.dispatch import DISPATCH_TABLE, FLAG_WORDS, FP8_DTYPES, FP8_HEAD_DIMS, DispatchKey
 from cutlass_fa.errors import UnsupportedCell
 from cutlass_fa.params import fa3_fwd_params, params_dtype
 from cutlass_fa.render import environment, include_dir, render, template_dir
+from cutlass_fa.requests import DTYPES_16BIT
 from tests.keys import line_limit, sampled_keys
 
 KEYS = sampled_keys()
@@ -38,24 +40,29 @@ def test_every_valid_key_has_a_cell_that_fits(key: DispatchKey) -> None:
 
 @pytest.mark.parametrize("key", FA3_FWD_KEYS, ids=str)
 def test_fa3_fwd_cell(key: DispatchKey) -> None:
-    cell = Fa3FwdCell.for_key(key)
-    assert cell == Cell.of(key) and cell.threads == 128 * (cell.tile_m // 64 + 1)
+    cell = Cell.of(key)
+    assert isinstance(cell, Fa3FwdCell) and cell.is_fp8 == isinstance(cell, Fa3FwdFp8Cell)
+    assert cell.threads == 128 * (cell.tile_m // 64 + 1)
     assert cell.padded_columns >= cell.head_dim and cell.q_tile.rows == cell.tile_m and cell.kv_tile.rows == cell.tile_n
 
 
 @pytest.mark.parametrize("key", FA3_FWD_KEYS, ids=str)
 def test_template_steps_through_k_as_layouts_says(key: DispatchKey) -> None:
     """The one formula of placement that the template spells out (column_step_bytes), beside layouts.py's."""
-    cell = Fa3FwdCell.for_key(key)
+    cell = Cell.of(key)
+    assert isinstance(cell, Fa3FwdCell)
     for tile, chunk_bytes in ((cell.q_tile, cell.q_chunk_bytes), (cell.kv_tile, cell.kv_chunk_bytes)):
-        steps = [step * 16 // cell.chunk_columns * chunk_bytes + step * 16 % cell.chunk_columns * 2 for step in range(cell.head_dim // 16)]
-        assert steps == [tile.k_major_step_bytes(step) for step in range(cell.head_dim // 16)]
+        columns = range(0, cell.head_dim, cell.mma_k)
+        steps = [column // cell.chunk_columns * chunk_bytes + column % cell.chunk_columns * cell.element_bytes for column in columns]
+        assert steps == [tile.k_major_step_bytes(step) for step in range(len(columns))]
     assert cell.consumers == 1 or cell.warpgroup_q_bytes == cell.q_tile.byte_offset(64, 0)
 
 
 def test_tile_table_has_no_row_without_a_cell() -> None:
     keys = [key for key in DISPATCH_TABLE.valid_keys() if (key.family, key.direction) == ("fa3", "fwd")]
-    assert {(key.head_dim, key.causal or key.sliding_window) for key in keys} == set(FA3_FWD_TILES)
+    for tiles, dtypes in ((FA3_FWD_TILES, DTYPES_16BIT), (FA3_FWD_FP8_TILES, FP8_DTYPES)):
+        assert {(key.head_dim, key.causal or key.sliding_window) for key in keys if key.dtype in dtypes} == set(tiles)
+    assert set(FA3_FWD_PRECISE_TILES) == set(FP8_HEAD_DIMS) >= set(FA3_FWD_CROWDED_TILES)
 
 
 def test_invalid_key_has_no_cell() -> None:
@@ -101,7 +108,9 @@ def test_rendered_text(key: DispatchKey) -> None:
 
 @pytest.mark.parametrize("key", KEYS, ids=str)
 def test_feature_off_leaves_no_word(key: DispatchKey) -> None:
-    words = {"fp8"} | {word for flag in FLAG_WORDS if not getattr(key, flag[0]) for word in flag} - {"causal"}
+    words = {"fp8"} - {"fp8" * (key.dtype in FP8_DTYPES)} | {word for flag in FLAG_WORDS if not getattr(key, flag[0]) for word in flag} - {
+        "causal"
+    }
     text = render(Cell.of(key)).text.lower()
     for own in (word for flag in FLAG_WORDS if getattr(key, flag[0]) for word in flag):
         if any(word in own for word in words):  # "sink" in "learnable_sink"

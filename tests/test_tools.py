@@ -12,7 +12,7 @@ from unittest.mock import MagicMock
 import pytest
 
 import cutlass_fa
-from cutlass_fa.arch.sm90 import FA3_FWD_TILES
+from cutlass_fa.arch.sm90 import FA3_FWD_FP8_TILES, FA3_FWD_TILES
 from cutlass_fa.cell import Cell
 from cutlass_fa.dispatch import DispatchKey
 from tests.needs import needs_nvrtc
@@ -361,6 +361,12 @@ def test_missing_rows_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 # ---- sweep ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("head_dim", "causal"), list(FA3_FWD_FP8_TILES))
+def test_sweep_tries_the_fp8_table(head_dim: int, causal: bool) -> None:
+    tried = sweep_tiles.fp8_candidates(head_dim, causal, None, ["static", "dynamic"])
+    assert FA3_FWD_FP8_TILES[head_dim, causal] in [cell.tile for cell in tried] and all(not cell.misfits() for cell in tried)
 
 
 @pytest.mark.parametrize(("head_dim", "causal"), list(FA3_FWD_TILES))

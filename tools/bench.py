@@ -8,7 +8,8 @@ A run times the dense grid (head_dim, seqlen, mask), or with --cases named sets 
 
 Peers, in the same process and interleaved point by point, since a GPU's clocks follow its temperature and its power budget: PyTorch's
 flash attention (fa2) and cuDNN (cudnn) where PyTorch is installed, FlashAttention-3 (fa3) with --fa3-library, the shared library that
-registers torch.ops.flash_attn_3; at a point with a feature that it lacks a peer is not timed. This library without the feature
+registers torch.ops.flash_attn_3; of fp8 q, k and v (--dtypes e4m3) cuDNN through nvidia-cudnn-frontend where that is installed. At a point
+with a feature that it lacks a peer is not timed. This library without the feature
 (without), or on equal lengths (equal), takes turns as one more peer, so that its price is a ratio of one run. A time is the median of
 CUDA-event timings over all rounds. batch * seqlen is 16k and heads * head_dim 2048 throughout, packed sequences excepted, inputs are
 standard normal numbers, and the L2 cache is not flushed: most inputs are larger.
@@ -33,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout
 
 from cutlass_fa.dispatch import FAMILIES
 from cutlass_fa.errors import MockMode
+from cutlass_fa.requests_fp8 import ACCUMULATES
 from tools.bench_cases import CASES, case_points
 from tools.bench_device import ArrayDevice, Call, Prepare, current_devices
 from tools.bench_inputs import Inputs
@@ -106,7 +108,8 @@ def measure_point(device: ArrayDevice, peers: dict[str, Prepare], point: Point, 
                 raise
             print(f"{name} cannot do {point}: {error}", file=sys.stderr)
     family = "fa2" if point.direction == "bwd" else device.family  # every backward is that family's
-    remark = " ".join([f"family={family}"] * bool(family) + ["deterministic"] * (point.direction == "bwd" and device.deterministic))
+    remarks = [f"family={family}"] * bool(family) + ["deterministic"] * (point.direction == "bwd" and device.deterministic)
+    remark = " ".join(remarks + [f"accumulate={device.accumulate}"] * bool(device.accumulate))
     for name, result in results.items():
         difference = device.max_difference(results[OWN_PEER], result)
         if not difference <= DISAGREEMENT[point.direction]:  # nor is NaN
@@ -208,6 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for each in devices:
         each.family = arguments.family
         each.deterministic = arguments.deterministic
+        each.accumulate = arguments.accumulate
     device = devices[0]
     rows: list[Row] = []
     warm_up(device)
@@ -256,9 +260,10 @@ def run_parser() -> argparse.ArgumentParser:
     parser.add_argument("--cases", nargs="+", choices=CASES, help="these sets of forwards in place of the dense grid")
     parser.add_argument("--head-dims", type=int, nargs="+", metavar="N", help="(default: 64 128 256; of --cases: each set's own)")
     parser.add_argument("--seqlens", type=int, nargs="+", metavar="N", help="of the grid (default: 1024 4096 16384)")
-    parser.add_argument("--dtypes", nargs="+", default=["bf16"], choices=["bf16", "f16"])
+    parser.add_argument("--dtypes", nargs="+", default=["bf16"], choices=["bf16", "f16", "e4m3", "e5m2"])
     parser.add_argument("--directions", nargs="+", choices=["fwd", "bwd"], help="passes of the grid (default: fwd)")
     parser.add_argument("--deterministic", action="store_true", help="this library's backward with deterministic=True")
+    parser.add_argument("--accumulate", choices=ACCUMULATES, help="how this library adds up fp8 products (default: fast)")
     parser.add_argument("--causal", choices=["full", "causal", "both"], help="masks of the grid (default: both)")
     parser.add_argument("--gqa", type=int, nargs="+", metavar="N", help="query heads to a key head in the grid (default: 1)")
     parser.add_argument("--family", choices=FAMILIES, help="this library's kernels (default: the family that serves the call)")

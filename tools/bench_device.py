@@ -17,6 +17,7 @@ from cutlass_fa.device import device_info
 from cutlass_fa.errors import MockMode
 from cutlass_fa.toolchain import find_toolchain
 from tools.bench_cache import CachePoint
+from tools.bench_cudnn import fp8_call
 from tools.bench_inputs import Inputs, alibi_slopes, cumulative, sink_logits
 from tools.bench_points import MIXES, Point
 from tools.bench_report import OWN_PEER
@@ -47,6 +48,7 @@ class ArrayDevice(ABC):
     library: str
     family: str | None = None  # of this library's forward; None: the one that serves the call
     deterministic: bool = False  # this library's backward
+    accumulate: str | None = None  # this library's forward of 8-bit numbers
 
     @property
     def gpu_name(self) -> str:
@@ -82,12 +84,15 @@ class ArrayDevice(ABC):
             cu_seqlens=None if lengths is None else self.asarray(cumulative(lengths)),
             max_seqlen=max(lengths or (0,)),
             **{name: self.asarray(numbers) for name, numbers in of_cache.items()},
+            dtype=self.bits_of(point.dtype),
         )
 
     def own_call(self, inputs: Inputs) -> Call:
         """This library, writing into an array made beforehand."""
         q, k, v = inputs.q, inputs.k, inputs.v
-        options = {**inputs.options, "out": self.empty_like(q), "family": self.family}
+        options = {**inputs.options, "out": self.empty_out(q), "family": self.family}
+        if self.accumulate is not None:
+            options["accumulate"] = self.accumulate
         if inputs.cache_seqlens is not None:
             options |= {"cache_seqlens": inputs.cache_seqlens, "block_table": inputs.block_table}
             return lambda: cutlass_fa.flash_attn_with_kvcache(q, k, v, **options)
@@ -131,9 +136,17 @@ class ArrayDevice(ABC):
             (OWN_PEER, self.library, lambda: cutlass_fa.flash_attn_func(q, k, v, family=self.family)),
         ]
 
+    def bits_of(self, dtype: str) -> str | None:
+        """What the library's arrays hold as uint8, for want of such a type; None: they say it themselves."""
+        return None
+
     @abstractmethod
     def normal(self, shape: tuple[int, ...], dtype: str) -> Any:
-        """Standard normal numbers in "bf16" or "f16"."""
+        """Standard normal numbers in "bf16", "f16", "e4m3" or "e5m2"."""
+
+    def empty_out(self, q: Any) -> Any:
+        """An array for the result: like q, of 8-bit q in bfloat16."""
+        return self.empty_like(q)
 
     @abstractmethod
     def asarray(self, values: np.ndarray) -> Any:
@@ -186,7 +199,7 @@ class TorchDevice(ArrayDevice):
     def __init__(self, torch: Any) -> None:
         self._torch = torch
         self._attention = importlib.import_module("torch.nn.attention")
-        self._dtypes = {"bf16": torch.bfloat16, "f16": torch.float16}
+        self._dtypes = {"bf16": torch.bfloat16, "f16": torch.float16, "e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
     def versions(self) -> dict[str, str]:
         torch = self._torch
@@ -194,7 +207,7 @@ class TorchDevice(ArrayDevice):
 
     def peers(self, fa3_library: Path | None) -> dict[str, Prepare]:
         backends = self._attention.SDPBackend
-        found = {**super().peers(fa3_library), "fa2": self._sdpa(backends.FLASH_ATTENTION), "cudnn": self._sdpa(backends.CUDNN_ATTENTION)}
+        found = {**super().peers(fa3_library), "fa2": self._sdpa(backends.FLASH_ATTENTION), "cudnn": self._cudnn_call}
         if fa3_library is not None:
             self._torch.ops.load_library(str(fa3_library))
             found["fa3"] = self._fa3_call
@@ -206,6 +219,12 @@ class TorchDevice(ArrayDevice):
             if name != OWN_PEER:
                 calls.append((name, "torch sdpa", prepare(inputs)))
         return calls
+
+    def _cudnn_call(self, inputs: Inputs) -> Call:
+        """Through PyTorch, of 8-bit numbers, which that refuses, through cuDNN's own front end."""
+        if inputs.q.element_size() == 1:
+            return fp8_call(self._torch, inputs)
+        return self._sdpa(self._attention.SDPBackend.CUDNN_ATTENTION)(inputs)
 
     def _sdpa(self, backend: Any) -> Prepare:
         """torch.nn.functional.scaled_dot_product_attention held to one backend, on transposed views of the same memory."""
@@ -274,13 +293,18 @@ class TorchDevice(ArrayDevice):
         return call
 
     def normal(self, shape: tuple[int, ...], dtype: str) -> Any:
-        return self._torch.randn(shape, dtype=self._dtypes[dtype], device="cuda")
+        if dtype in ("bf16", "f16"):
+            return self._torch.randn(shape, dtype=self._dtypes[dtype], device="cuda")
+        return self._torch.randn(shape, dtype=self._torch.bfloat16, device="cuda").to(self._dtypes[dtype])
 
     def asarray(self, values: np.ndarray) -> Any:
         return self._torch.from_numpy(values).cuda()
 
     def empty_like(self, x: Any) -> Any:
         return self._torch.empty_like(x)
+
+    def empty_out(self, q: Any) -> Any:
+        return self._torch.empty_like(q, dtype=self._torch.bfloat16 if q.element_size() == 1 else q.dtype)
 
     def event(self) -> Any:
         return self._torch.cuda.Event(enable_timing=True)
@@ -314,12 +338,21 @@ class CupyDevice(ArrayDevice):
         import ml_dtypes
 
         self._cupy = cupy
-        self._dtypes = {"bf16": np.dtype(ml_dtypes.bfloat16), "f16": np.dtype(np.float16)}
+        types = (ml_dtypes.bfloat16, np.float16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)
+        self._dtypes = dict(zip(("bf16", "f16", "e4m3", "e5m2"), map(np.dtype, types), strict=True))
         self._rng = np.random.default_rng(0)
 
     def normal(self, shape: tuple[int, ...], dtype: str) -> Any:
         values = self._rng.standard_normal(shape, dtype=np.float32).astype(self._dtypes[dtype])
+        if values.itemsize == 1:
+            return self._cupy.asarray(values.view(np.uint8))
         return self._cupy.asarray(values.view(np.uint16)).view(values.dtype)
+
+    def bits_of(self, dtype: str) -> str | None:
+        return self._dtypes[dtype].name if dtype in ("e4m3", "e5m2") else None
+
+    def empty_out(self, q: Any) -> Any:
+        return self._cupy.empty(q.shape, self._dtypes["bf16"]) if q.itemsize == 1 else self.empty_like(q)
 
     def asarray(self, values: np.ndarray) -> Any:
         return self._cupy.asarray(values)

@@ -20,7 +20,7 @@ class Inputs:
     q: (batch, seqlen_q, num_heads_q, head_dim), k, v: (batch, seqlen_k, num_heads_kv, head_dim); of packed sequences (total, heads,
     head_dim), with cu_seqlens int32 (batch + 1,) for queries and keys alike and the longest length in max_seqlen. alibi_slopes,
     learnable_sink: float32 (num_heads_q,). Of a KV cache k and v are its blocks, with cache_seqlens int32 (batch,) and, where it is paged,
-    block_table int32 (batch, max_blocks).
+    block_table int32 (batch, max_blocks). dtype: what uint8 arrays hold, of libraries without 8-bit floating-point types.
     """
 
     q: Any
@@ -35,6 +35,7 @@ class Inputs:
     max_seqlen: int = 0
     cache_seqlens: Any = None
     block_table: Any = None
+    dtype: str | None = None
 
     @property
     def features(self) -> list[str]:
@@ -44,7 +45,8 @@ class Inputs:
     @property
     def options(self) -> dict[str, Any]:
         """The keyword arguments that describe the mask to this library; a feature that is not used is not named."""
-        return {"causal": self.causal} | {name: getattr(self, name) for name in self.features if name not in _PLACES}
+        named = {"causal": self.causal} | ({} if self.dtype is None else {"dtype": self.dtype})
+        return named | {name: getattr(self, name) for name in self.features if name not in _PLACES}
 
     def check_features(self, *known: str) -> None:
         """Raises NotImplementedError, naming them, where features other than those are in use."""

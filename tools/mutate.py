@@ -255,9 +255,20 @@ def caught(cell: Cell, mutant: Mutant, seeds: int) -> str | None:
         program.path.unlink()
 
 
+_DTYPES = {
+    name: np.dtype(dtype)
+    for name, dtype in (
+        ("bf16", ml_dtypes.bfloat16),
+        ("f16", np.float16),
+        ("e4m3", ml_dtypes.float8_e4m3fn),
+        ("e5m2", ml_dtypes.float8_e5m2),
+    )
+}
+
+
 def _run(cell: Cell, program: Program, case: Case, seed: int) -> str | None:
     rng = np.random.default_rng(1000 * seed + case.seqlens[1])
-    dtype = np.dtype(ml_dtypes.bfloat16 if cell.key.dtype == "bf16" else np.float16)
+    dtype = _DTYPES[cell.key.dtype]
     q, k, v = random_qkv(
         np,
         rng,
@@ -268,12 +279,14 @@ def _run(cell: Cell, program: Program, case: Case, seed: int) -> str | None:
         num_heads_kv=case.heads[1],
         head_dim=cell.head_dim - case.narrower,
         dtype=dtype,
+        v_dtype=_DTYPES[cell.key.v_dtype],
         extra_strides=case.strided,
     )
-    q = (q.astype(np.float32) * case.sharpness).astype(dtype)
+    if case.sharpness != 1:
+        q = (q.astype(np.float32) * case.sharpness).astype(dtype)
     few = case.persistent if cell.key.family == "fa3" else 0  # a CTA of the other family has one tile
     persistent = PersistentMode(True, few) if few else None
-    out_dtype = np.float32 if cell.has_float_out else dtype
+    out_dtype = np.dtype(np.float32) if cell.has_float_out else _DTYPES["bf16"] if cell.is_fp8 else dtype
     out_like = poisoned(np, (*q.shape[:3], q.shape[3] + 16), out_dtype)[..., : q.shape[3]] if case.strided else None
     try:
         options: dict[str, Any] = {"window_size": case.window} if cell.has_window else {}

@@ -8,7 +8,7 @@ products that falls inside the problem (what is left after whole tiles, and unde
 spills, or has its products serialised by the compiler, is left out. Each candidate is timed as tools/bench.py times peers, family fa2
 beside PyTorch's flash attention.
 
-usage: tools/sweep_tiles.py [--family fa3|fa2] [--head-dims 64,128] [--causal full|causal|both] [--seqlens 4096,16384]
+usage: tools/sweep_tiles.py [--family fa3|fa2] [--dtype bf16|e4m3] [--head-dims 64,128] [--causal full|causal|both] [--seqlens 4096,16384]
                             [--tiles 192x112,128x128 | --tiles 4x32x64,8x16x64] [--schedulers static,dynamic] [--rounds N]
                             [--fa3-library FILE] [--compile-only]
 """
@@ -19,6 +19,8 @@ import argparse
 import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cutlass_fa.arch.limits import limits_of
 from cutlass_fa.arch.sm80 import Fa2FwdTile
-from cutlass_fa.arch.sm90 import FA3_FWD_TILES, REGISTER_SPLITS, fa3_fwd_tile
+from cutlass_fa.arch.sm90 import FA3_FWD_FP8_TILES, FA3_FWD_TILES, REGISTER_SPLITS, fa3_fwd_fp8_tile, fa3_fwd_tile
 from cutlass_fa.cell import Cell
 from cutlass_fa.cells.fa2_fwd import Fa2FwdCell
 from cutlass_fa.cells.fa3_fwd import Fa3FwdCell
+from cutlass_fa.cells.fa3_fwd_fp8 import Fa3FwdFp8Cell
 from cutlass_fa.dispatch import DispatchKey
 from cutlass_fa.kernels import Kernel, load_or_compile
 from tools.bench import interleaved_medians
@@ -54,6 +57,25 @@ def candidates(head_dim: int, causal: bool, tiles: list[tuple[int, int]] | None,
     ]
     return [
         cell for cell in cells if cell.smem_bytes <= limits_of(cell.arch).smem_bytes and fa3_registers(cell) <= cell.consumer_registers - 24
+    ]
+
+
+FP8_TILE_NS = (64, 96, 128, 160, 192, 224)
+
+
+def fp8_candidates(head_dim: int, causal: bool, tiles: list[tuple[int, int]] | None, schedulers: list[str]) -> list[Fa3FwdFp8Cell]:
+    """As candidates, of q, k and v in e4m3."""
+    key = DispatchKey("fa3", "fwd", "sm_90a", "e4m3", head_dim, causal=causal)
+    table = FA3_FWD_FP8_TILES[head_dim, causal]
+    cells = [
+        Fa3FwdFp8Cell(key, replace(fa3_fwd_fp8_tile(tile_m, tile_n, q_stages, table.swizzle_bytes, scheduler), own_overlap=own_overlap))
+        for tile_m, tile_n in tiles or product(REGISTER_SPLITS, FP8_TILE_NS)
+        for scheduler in schedulers
+        for q_stages in (1, 2)
+        for own_overlap in (False, True)
+    ]
+    return [
+        cell for cell in cells if cell.smem_bytes <= limits_of(cell.arch).smem_bytes and fa3_registers(cell) <= cell.consumer_registers - 8
     ]
 
 
@@ -89,7 +111,8 @@ def registers(cell: Cell) -> tuple[int, int]:
 
 
 def fa3_registers(cell: Fa3FwdCell) -> int:
-    return cell.tile_n // 2 + cell.tile_n // 4 * (1 + cell.has_own_overlap) + cell.head_dim // 2
+    p_words = cell.tile_n * cell.element_bytes // 8
+    return cell.tile_n // 2 + p_words * (1 + cell.has_own_overlap) + cell.head_dim // 2
 
 
 def useful_share(cell: Cell, seqlen: int) -> float:
@@ -120,7 +143,9 @@ def launchers(built: list[tuple[Cell, Kernel]], point: Point, peers: dict[str, P
     from cutlass_fa.problem import Problem
     from cutlass_fa.request_parts import Window
 
-    q, k, v, out = (torch.randn(point.q_shape, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    device = TorchDevice(torch)
+    q, k, v = (device.normal(point.q_shape, point.dtype) for _ in range(3))
+    out = device.empty_out(q)
     library = library_of(type(q))
     key = built[0][0].key
     problem = Problem.from_specs(*map(library.spec, (q, k, v, out)), arch=key.arch, family=key.family, mask=Window(-1, -1, point.causal))
@@ -147,7 +172,8 @@ def sweep(head_dim: int, causal: bool, arguments: argparse.Namespace, peers: dic
     if arguments.family == "fa2":
         cells += fa2_candidates(arguments.arch, head_dim, causal, arguments.tiles)
     else:
-        cells += candidates(head_dim, causal, arguments.tiles, arguments.schedulers)
+        of_dtype = fp8_candidates if arguments.dtype == "e4m3" else candidates
+        cells += of_dtype(head_dim, causal, arguments.tiles, arguments.schedulers)
     built = compiled(cells, pool)
     if arguments.compile_only:
         print(f"head_dim {head_dim} {'causal' if causal else 'full'}: {', '.join(label(cell) for cell, _ in built)}", flush=True)
@@ -158,7 +184,7 @@ def sweep(head_dim: int, causal: bool, arguments: argparse.Namespace, peers: dic
     seqlens: list[int] = arguments.seqlens
     rates: dict[str, list[float]] = {}
     for seqlen in seqlens:
-        point = Point("bf16", head_dim, seqlen, causal)
+        point = Point(arguments.dtype, head_dim, seqlen, causal)
         for name, ms in interleaved_medians(launchers(built, point, peers), timings, arguments.rounds, 5).items():
             rates.setdefault(name, []).append(point.row(name, ms).tflops or 0.0)
     report(built, rates, seqlens)
@@ -197,6 +223,7 @@ def peers_of(arguments: argparse.Namespace) -> dict[str, Prepare]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=("fa3", "fa2"), default="fa3")
+    parser.add_argument("--dtype", choices=("bf16", "e4m3"), default="bf16", help="e4m3 is of family fa3; give --head-dims without 80")
     parser.add_argument("--arch", default="sm_90a", help="of family fa2's candidates (default: sm_90a)")
     parser.add_argument("--head-dims", default=[64, 80, 96, 128, 192, 256], type=lambda text: [int(part) for part in text.split(",")])
     parser.add_argument("--causal", choices=("full", "causal", "both"), default="both")

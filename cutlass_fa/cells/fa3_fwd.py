@@ -8,13 +8,12 @@ from functools import cached_property
 from ..arch.limits import REGISTERS_PER_SM
 from ..arch.sm90 import Fa3FwdTile, fa3_fwd_tile_of
 from ..cell import round_up
-from ..dispatch import DispatchKey
+from ..dispatch import FP8_DTYPES, DispatchKey
 from ..layouts import KeyGroupTile
 from ..params import ParamField, fa3_fwd_params
 from .swizzled import SwizzledCell
 
 WARPGROUP_THREADS = 128
-MMA_K = 16  # columns (or keys) one 16-bit wgmma consumes
 
 
 @dataclass(frozen=True)
@@ -28,13 +27,18 @@ class Fa3FwdCell(SwizzledCell):
 
     @classmethod
     def for_key(cls, key: DispatchKey) -> Fa3FwdCell:
-        return cls(key, fa3_fwd_tile_of(key.head_dim, key.features))
+        return cls(key, fa3_fwd_tile_of(key.head_dim, key.features, fp8=key.dtype in FP8_DTYPES))
+
+    @property
+    def mma_k(self) -> int:
+        """Columns (or keys) that one product sums over."""
+        return 32 // self.element_bytes
 
     def misfits(self) -> list[str]:
         registers = WARPGROUP_THREADS * (self.tile.producer_registers + self.consumers * self.tile.consumer_registers)
         checks = (
             (self.tile.tile_m % 64 != 0, f"tile_m {self.tile.tile_m} is no multiple of a warpgroup's 64 rows"),
-            (self.tile.tile_n % MMA_K != 0, f"tile_n {self.tile.tile_n} is no multiple of {MMA_K}"),
+            (self.tile.tile_n % self.mma_k != 0, f"tile_n {self.tile.tile_n} is no multiple of {self.mma_k}"),
             (registers > REGISTERS_PER_SM, f"{registers} registers"),
             (self.is_split and (self.consumers > 1 or self.tile.own_overlap), "a part of a tile is one consumer's, without own overlap"),
         )
@@ -274,6 +278,32 @@ class Fa3FwdCell(SwizzledCell):
     def warpgroup_q_bytes(self) -> int:
         return 64 * self.swizzle_bytes
 
+    # ---- what the templates call things ------------------------------------------------------------------------------------------
+
+    @property
+    def v_ring(self) -> str:
+        """The ring that blocks of V land in."""
+        return "v"
+
+    @property
+    def online_softmax(self) -> str:
+        return "online_softmax<Element>"
+
+    @property
+    def p_words(self) -> str:
+        """Registers of a block's probabilities, as an expression of the template's constants."""
+        return "kTileN / 4"
+
+    @property
+    def pv_target(self) -> str:
+        """The accumulator of P V."""
+        return "acc_o"
+
+    @property
+    def tile_params(self) -> str:
+        """The arguments of a tile."""
+        return "params"
+
     # ---- named booleans ----------------------------------------------------------------------------------------------------------
 
     @property
@@ -334,6 +364,34 @@ class Fa3FwdCell(SwizzledCell):
         return self.consumers > 1
 
     @property
+    def has_traded_columns(self) -> bool:
+        """Whether lanes trade columns of a float32 result."""
+        return self.has_float_out
+
+    @property
+    def has_precise(self) -> bool:
+        """Whether P V of a block is added up in registers of its own first."""
+        return self.key.precise
+
+    @property
+    def has_descale(self) -> bool:
+        return self.key.descale
+
+    @property
+    def has_block_descale(self) -> bool:
+        return self.key.block_descale
+
+    @property
+    def has_tile_params(self) -> bool:
+        """Whether a tile has arguments of its own."""
+        return self.has_descale and not self.has_block_descale
+
+    @property
+    def has_scaled_bias(self) -> bool:
+        """Whether a bias is in units of the scores before their factors."""
+        return self.has_alibi and not self.has_softcap
+
+    @property
     def has_own_overlap(self) -> bool:
         return self.tile.own_overlap
 
@@ -355,7 +413,7 @@ class Fa3FwdCell(SwizzledCell):
     @property
     def sink_tile(self) -> int:
         """Keys of a short block: one step of P V."""
-        return MMA_K
+        return self.mma_k
 
     @property
     def sink_row(self) -> str:

@@ -19,13 +19,18 @@ class SwizzledCell(Cell):
     def swizzle_bytes(self) -> int:
         """Width of a chunk, within which 16-byte units are swizzled."""
 
+    @property
+    def element_bytes(self) -> int:
+        """Of q, k and v."""
+        return 2
+
     @cached_property
     def q_tile(self) -> SwizzledTile:
-        return SwizzledTile(self.tile_m, self.head_dim, self.swizzle_bytes)
+        return SwizzledTile(self.tile_m, self.head_dim, self.swizzle_bytes, self.element_bytes)
 
     @cached_property
     def kv_tile(self) -> SwizzledTile:
-        return SwizzledTile(self.tile_n, self.head_dim, self.swizzle_bytes)
+        return SwizzledTile(self.tile_n, self.head_dim, self.swizzle_bytes, self.element_bytes)
 
     @property
     def gqa_ratio(self) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from ..arrays import library_of
@@ -20,6 +21,7 @@ from ..launches.split import PartsWorkspace
 from ..problem import Problem
 from ..render import render
 from ..request_parts import PersistentMode, Window
+from ..requests_fp8 import Fp8Options
 from .build import ExecutorKernel, Program
 from .faults import ExecutorError, ExecutorFault
 from .launch import DEFAULT_TIME_LIMIT_S, Buffer, GlobalMemory, launch
@@ -29,6 +31,7 @@ from .tensor_map import encode
 
 # A GPU of few multiprocessors, so that persistent kernels have several tiles per CTA at small sizes; its L2 makes causal sections of a
 # few heads.
+OUT_DTYPES = {"bf16": ml_dtypes.bfloat16, "f16": np.float16, "float32": np.float32}
 SMALL_DEVICE = DeviceInfo("sm_90a", num_sms=2, l2_bytes=1 << 18, name="CPU executor")
 
 
@@ -58,6 +61,7 @@ def run_forward(
     q_offset: int | None = None,
     k_offset: int | None = None,
     persistent: PersistentMode | None = None,
+    fp8: Fp8Options | None = None,
     out_like: np.ndarray | None = None,
     cached: bool = False,
     num_splits: int = 0,
@@ -75,6 +79,7 @@ def run_forward(
     window_size: (left, right), with a bounded side where the cell has a window. sink_tokens: positive where it has them.
     q_offset, k_offset: positions of the first query and key, where the cell has offsets.
     persistent: default Persistent(), as the launcher's, in the family that has it.
+    fp8: options of a cell of 8-bit numbers; None: the defaults.
     out_like: an array whose shape and strides the output has; default contiguous.
     cached: k and v are a KV cache, where the cell is of one; num_splits: parts of a sequence's keys, where the cell divides them.
     extras: those of ExtraSpecs that the cell has.
@@ -98,6 +103,7 @@ def run_forward(
         "persistent": persistent,
         "cached": cached,
         "num_splits": num_splits,
+        "fp8": fp8,
     }
     problem = _problem(cell, q, k, v, out_like, options)
     memory = GlobalMemory()
@@ -115,10 +121,11 @@ def run_forward(
     name = f"{program.source.name}, seed {seed}"
     if counters.data.any():
         raise ExecutorFault("fault", f"{name}: fault: {counters.name} is {counters.data.view(np.int32)} after the launch, not 0")
+    out_dtype = np.dtype(OUT_DTYPES[problem.out.dtype])
     out_bits, lse_bits = out.values(name).reshape(problem.out_shape), lse.data.view(np.uint32).reshape(lse_shape)
     check_written(name, "out", out_bits)
     check_written(name, "lse", lse_bits)
-    return Forward(out_bits.view(np.float32 if cell.key.float_out else q.dtype), lse_bits.view(np.float32))
+    return Forward(out_bits.view(out_dtype), lse_bits.view(np.float32))
 
 
 def _arguments(

@@ -10,18 +10,25 @@ import ml_dtypes
 import numpy as np
 
 from ..cell import Cell
-from ..dispatch import DispatchKey
+from ..dispatch import FP8_DTYPES, DispatchKey
 from ..dropout import dropout_mask
+from ..extras import DESCALE_BLOCK
 from ..reference import attention_backward, attention_forward
 from ..reference_kvcache import prepare
 from ..render import render
+from ..requests_fp8 import Fp8Options
 from .append_kv import run_append
 from .backward import run_backward
 from .build import ExecutorKernel
 from .faults import ExecutorError, ExecutorFault
 from .forward import run_forward
 
-_DTYPES = {"bf16": np.dtype(ml_dtypes.bfloat16), "f16": np.dtype(np.float16)}
+_DTYPES = {
+    "bf16": np.dtype(ml_dtypes.bfloat16),
+    "f16": np.dtype(np.float16),
+    "e4m3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "e5m2": np.dtype(ml_dtypes.float8_e5m2),
+}
 _LSE_TOLERANCE = 1e-2
 _SOFTCAP, _DROPOUT_P, _WINDOW, _SINK_TOKENS, _OFFSETS = 30.0, 0.17, (50, 20), 5, (60, 3)  # of cells that have them
 _PAGE_SIZE = 16
@@ -63,14 +70,15 @@ def run_key(key: DispatchKey, stream: TextIO, *, shape: RunShape = RunShape(), s
     start = time.perf_counter()
     program = ExecutorKernel.build(render(cell))
     built = time.perf_counter()
-    dtype = _DTYPES[key.dtype]
+    dtype = _DTYPES["e4m3" if cell.is_fp8 else key.dtype]  # of the probabilities, the coarsest numbers that are computed with
     q, k, v, _ = _arrays(key, shape, seed)
     print(f"{key}: {cell.summary}", file=stream)
     print(f"compiled for this CPU in {built - start:.1f} s; q {q.shape}, k and v {k.shape}, seed {seed}", file=stream)
     dropout_p = _DROPOUT_P * cell.has_dropout
     options = _features(key, shape, key.learnable_sink)
     try:
-        result = run_forward(cell, q, k, v, seed=seed, program=program, dropout_p=dropout_p, random_state=(seed, 0), **options)
+        called = {"dropout_p": dropout_p, "random_state": (seed, 0), "fp8": _fp8_options(key), **options}
+        result = run_forward(cell, q, k, v, seed=seed, program=program, **called)
     except ExecutorFault as fault:
         print(fault.report, file=stream)
         return False
@@ -97,7 +105,22 @@ def _features(key: DispatchKey, shape: RunShape, learnable_sink: bool) -> dict[s
         "alibi_slopes": np.float32(2) ** -np.arange(1, 1 + shape.num_heads_q, dtype=np.float32) if key.alibi else None,
         "learnable_sink": np.linspace(-1, 3, shape.num_heads_q, dtype=np.float32) if learnable_sink else None,
         **(_sequences(shape) if key.varlen else {}),
+        **(_descales(key, shape) if key.descale else {}),
     }
+
+
+def _fp8_options(key: DispatchKey) -> Fp8Options | None:
+    if key.dtype not in FP8_DTYPES:
+        return None
+    return Fp8Options("precise" if key.precise else "fast", out_dtype="f16" if key.half_out else "bf16")
+
+
+def _descales(key: DispatchKey, shape: RunShape) -> dict[str, np.ndarray]:
+    """Factors from 0.5 to 2 of each sequence's key heads, and of blocks of keys."""
+    heads = (shape.batch * (2 if key.varlen else 1), shape.num_heads_kv)
+    blocks = (*heads, -(-shape.seqlen_k // DESCALE_BLOCK)) if key.block_descale else heads
+    shapes = {"q_descale": heads, "k_descale": blocks, "v_descale": blocks}
+    return {name: np.geomspace(0.5, 2, int(np.prod(each)), dtype=np.float32).reshape(each) for name, each in shapes.items()}
 
 
 def _lengths(shape: RunShape) -> tuple[list[int], list[int]]:
@@ -126,9 +149,8 @@ def _arrays(key: DispatchKey, shape: RunShape, seed: int) -> tuple[np.ndarray, n
     head_dim, rng = shape.head_dim or key.head_dim, np.random.default_rng(seed)
     q_shape = (shape.batch, shape.seqlen_q, shape.num_heads_q, head_dim)
     kv_shape = (shape.batch, shape.seqlen_k, shape.num_heads_kv, head_dim)
-    q, k, v, dout = (
-        rng.standard_normal(each, dtype=np.float32).astype(_DTYPES[key.dtype]) for each in (q_shape, kv_shape, kv_shape, q_shape)
-    )
+    drawn = ((q_shape, key.dtype), (kv_shape, key.dtype), (kv_shape, key.v_dtype), (q_shape, key.dtype))
+    q, k, v, dout = (rng.standard_normal(each, dtype=np.float32).astype(_DTYPES[dtype]) for each, dtype in drawn)
     if key.varlen:
         q, k, v, dout = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v, dout))
     return q, k, v, dout

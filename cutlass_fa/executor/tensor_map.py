@@ -23,7 +23,6 @@ _FIELDS = np.dtype(
     ]
 )
 _MAP_BYTES = 128
-_ELEMENT_BYTES = 2
 _MAX_BOX = 256
 
 
@@ -31,9 +30,9 @@ def encode(geometry: TensorMapGeometry, address: int) -> bytes:
     """What cutlass_fa.tma.encode asks of the driver. Raises ExecutorError where the driver would refuse."""
     return encode_tiled(
         address,
-        _ELEMENT_BYTES,
+        geometry.element_bytes,
         extents=geometry.extents,
-        strides=[stride * _ELEMENT_BYTES for stride in geometry.strides],
+        strides=[stride * geometry.element_bytes for stride in geometry.strides],
         box=geometry.box,
         swizzle_bytes=geometry.swizzle_bytes,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -28,6 +29,7 @@ from ..launch import (
 from ..problem import Problem
 from ..request_parts import Persistent
 from ..requests import Fa3FwdRequest
+from ..requests_fp8 import Fa3FwdFp8Request
 from ..tile_counters import tile_counters
 from ..tma import TensorMapGeometry, TensorMaps, page_steps
 from .sequence_tiles import SequenceTilesLaunch, capacity
@@ -128,6 +130,7 @@ def pack_params(problem: Problem, cell: Fa3FwdCell, device: DeviceInfo) -> np.nd
             "total_k": request.rows_k,
             "num_m_blocks": -(-request.seqlen_q // cell.queries_per_tile),
             "num_tiles": num_tiles_of(problem, cell),
+            **fp8_values(problem),
             **softmax_scales(request),
             **window_values(request),
             **alibi_values(request, problem.extras.alibi_slopes),
@@ -151,6 +154,30 @@ def cache_values(problem: Problem, tile_n: int) -> dict[str, int]:
         for of, step in zip(("page", "row"), page_steps(pages), strict=True)
     }
     return {**page_values(problem), "rows_of_box": cache.rows_of_box(tile_n), **steps}
+
+
+def fp8_values(problem: Problem) -> dict[str, Any]:
+    """The fields that 8-bit q, k and v add; none for others."""
+    request = problem.request
+    if not isinstance(request, Fa3FwdFp8Request):
+        return {}
+    values: dict[str, Any] = {"out_scale": request.fp8.v_descale}
+    for x in "qkv":
+        strides = descale_strides(getattr(problem.extras, f"{x}_descale"))
+        values |= {
+            f"{x}_descale_{name}": value
+            for name, value in zip(("stride_batch", "stride_head", "stride_block", "blocks"), strides, strict=True)
+        }
+    return values
+
+
+def descale_strides(factors: ArraySpec | None) -> tuple[int, int, int, int]:
+    """Elements from one sequence, head and block of keys to the next, 0 along what is alike for all, and how many blocks there are."""
+    if factors is None:
+        return 0, 0, 0, 1
+    shape, strides = (*factors.shape, 1, 1, 1)[:3], (*factors.strides, 0, 0, 0)[:3]
+    by_batch, by_head, by_block = (stride if extent > 1 else 0 for stride, extent in zip(strides, shape, strict=True))
+    return by_batch, by_head, by_block, shape[2]
 
 
 def num_tiles_of(problem: Problem, cell: Fa3FwdCell) -> int:

@@ -57,6 +57,19 @@ std::uint32_t bfloat16_bits(float x) {
   return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
 }
 
+std::uint32_t e4m3_bits(float x) {
+  std::uint32_t const bits = bits_of(x);
+  std::uint32_t const sign = bits >> 24 & 0x80;
+  std::uint32_t const magnitude = bits & 0x7FFFFFFF;
+  if (std::isnan(x)) { return 0x7F; }
+  if (magnitude >= 0x43E00000) { return sign | 0x7E; }  // 448 and above
+  if (magnitude < 0x3C800000) {                         // below 2^-6: a subnormal, in units of 2^-9
+    return sign | static_cast<std::uint32_t>(std::lrint(std::fabs(static_cast<double>(x)) * 0x1p9));
+  }
+  std::uint32_t const rebased = magnitude - 0x3C000000;
+  return sign | (rebased + 0x7FFFF + (rebased >> 20 & 1)) >> 20;
+}
+
 std::uint32_t float16_bits(float x) {
   std::uint32_t const bits = bits_of(x);
   std::uint32_t const sign = bits >> 16 & 0x8000;

@@ -45,10 +45,11 @@ CUTLASS_FA_DEVICE void exponentiate(float const (&acc_s)[kSize], float const (&o
 }
 
 // Origins of rows that move <- the largest scores so far. base: the same, but 0 for a row that has only -inf (-inf - -inf would be NaN),
-// whose probabilities are then 0. Sums follow; `rescale` <- what the output must be multiplied by: 1 where a row stays.
+// whose probabilities are then 0. Sums follow; `rescale` <- what the output must be multiplied by: 1 where a row stays. peak_log2: how far
+// below the largest score.
 template <int kSize>
 CUTLASS_FA_DEVICE void move_origins(float const (&acc_s)[kSize], bool const (&moves)[2], SoftmaxRows& rows, float (&base)[2],
-                                    float (&rescale)[2], float scale_log2) {
+                                    float (&rescale)[2], float scale_log2, float peak_log2 = 0.0f) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     float row_max = acc_s[2 * r];
@@ -57,7 +58,7 @@ CUTLASS_FA_DEVICE void move_origins(float const (&acc_s)[kSize], bool const (&mo
       row_max = fmaxf(row_max, acc_s[4 * j + 2 * r]);
       row_max = fmaxf(row_max, acc_s[4 * j + 2 * r + 1]);
     }
-    float const largest = fmaxf(rows.origin[r], quad_max(row_max) * scale_log2);
+    float const largest = fmaxf(rows.origin[r], quad_max(row_max) * scale_log2 - peak_log2);
     float const origin = moves[r] ? largest : rows.origin[r];
     base[r] = origin == negative_infinity() ? 0.0f : origin;
     rescale[r] = exp2_approx(rows.origin[r] - base[r]);

@@ -6,17 +6,10 @@
 #pragma once
 
 #include <cutlass_fa/base.cuh>
+#include <cutlass_fa/float8.cuh>
 #include <cutlass_fa/wgmma.cuh>
 
 namespace cutlass_fa {
-
-// 8-bit floating-point numbers as storage. E4M3: largest 448, no infinity. E5M2: largest 57344.
-struct float8_e4m3 {
-  unsigned char bits;
-};
-struct float8_e5m2 {
-  unsigned char bits;
-};
 
 // One struct per N, filled in by the macro below.
 template <int kN>
@@ -33,6 +26,27 @@ CUTLASS_FA_DEVICE void wgmma_fp8_ss(float (&d)[kSize], uint64_t descriptor_a, ui
 template <class ElementA, class ElementB, int kSize>
 CUTLASS_FA_DEVICE void wgmma_fp8_rs(float (&d)[kSize], uint32_t const* a, uint64_t descriptor_b, bool accumulate) {
   WgmmaFp8Shape<2 * kSize>::template rs<ElementA, ElementB>(d, a, descriptor_b, accumulate);
+}
+
+// All k-steps of a product, as wgmma.cuh's wgmma_ss_steps.
+template <class ElementA, class ElementB, int kSize, int kSteps>
+CUTLASS_FA_DEVICE void wgmma_fp8_ss_steps(float (&d)[kSize], uint64_t descriptor_a, int const (&bytes_a)[kSteps], uint64_t descriptor_b,
+                                          int const (&bytes_b)[kSteps], bool accumulate) {
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    wgmma_fp8_ss<ElementA, ElementB>(d, advance_descriptor(descriptor_a, bytes_a[step]), advance_descriptor(descriptor_b, bytes_b[step]),
+                                     accumulate || step > 0);
+  }
+}
+
+// As wgmma_fp8_ss_steps; a: four registers for each step.
+template <class ElementA, class ElementB, int kSize, int kSteps>
+CUTLASS_FA_DEVICE void wgmma_fp8_rs_steps(float (&d)[kSize], uint32_t const (&a)[4 * kSteps], uint64_t descriptor_b,
+                                          int const (&bytes_b)[kSteps], bool accumulate) {
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    wgmma_fp8_rs<ElementA, ElementB>(d, a + 4 * step, advance_descriptor(descriptor_b, bytes_b[step]), accumulate || step > 0);
+  }
 }
 
 // clang-format off

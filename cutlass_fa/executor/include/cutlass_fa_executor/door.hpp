@@ -124,6 +124,7 @@ float exp2_approx(float x);
 float log2_approx(float x);
 float reciprocal_approx(float x);
 std::uint32_t bfloat16_bits(float x);
+std::uint32_t e4m3_bits(float x);  // to nearest even, finite numbers too large to 448
 std::uint32_t float16_bits(float x);
 float float16_value(std::uint32_t bits);
 
