@@ -419,13 +419,14 @@ CUTLASS_FA_DEVICE void attend_sinks(Consumer& self, SharedStorage& shared, Param
   release(self, shared.q_empty, self.q_pipe);
   int const row = self.row_in_tile, last_query = params.seqlen_q - 1, key = n_block * kTileN + thread_index() % 4 * 2;
   mask_sinks(acc_s, params, key, {min(query_of(tile, row), last_query), min(query_of(tile, row + 8), last_query)});
+  uint32_t p[kSinkTile / 4];
+  float rescale[2];
+  bool const moved = online_softmax<Element>(acc_s, rows, p, rescale, params.softmax_scale_log2);
   wgmma_wait<0>();
   pin_registers(acc_o);
   pin_registers(old_p);  // until here nobody may have overwritten it
   release(self, shared.v_empty, self.v_pipe);
-  uint32_t p[kSinkTile / 4];
-  float rescale[2];
-  if (online_softmax<Element>(acc_s, rows, p, rescale, params.softmax_scale_log2)) { rescale_rows(acc_o, rescale); }
+  if (moved) { rescale_rows(acc_o, rescale); }
   shared.v_full[self.v_pipe.stage()].wait(self.v_pipe.parity());
   issue_sink_pv(self, shared, p, acc_o);
   wgmma_wait<0>();

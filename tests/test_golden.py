@@ -37,6 +37,8 @@ ACCEPTED_SPILLS: dict[str, tuple[int, str]] = {
     "fa2_fwd_sm90a_bf16_hdim128_causal_varlen": (48, "loop invariants, two of them read once a block of 128 x 64 scores"),
     "fa2_fwd_sm80_bf16_hdim64_varlen_window_alibi_sink_lsink_dropout": (44, "before and after the loops over key blocks"),
     "fa3_fwd_sm90a_bf16_hdim64_varlen_window_alibi_sink_lsink_offsets_f32out_gqa4": (120, "outside the loops over key blocks"),
+    "fa3_fwd_sm90a_bf16_hdim128_causal_varlen": (16, "the address of the tile queue's barrier, read once a tile"),
+    "fa3_fwd_sm90a_bf16_hdim128_causal_varlen_paged_gqa4": (8, "one value, read once a tile"),
     "fa3_fwd_sm90a_bf16_hdim128_causal_varlen_paged_kinner_vinner": (16, "the address of the tile queue's barrier, read once a tile"),
     "fa3_fwd_sm90a_e4m3_hdim64_varlen_window_alibi_sink_lsink_f32out_descale_gqa4": (40, "the producer's and the scheduler's alone"),
     "fa2_bwd_sm90a_bf16_hdim256_softcap": (64, "loop invariants, read once a block of 64 x 64 scores: dV or dK take 128 registers"),
