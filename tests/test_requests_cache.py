@@ -56,12 +56,14 @@ def test_a_chunk_is_a_causal_call_on_the_cache(batch: int) -> None:
 
 def test_a_cache_with_tokens_innermost_has_kernels_of_its_own() -> None:
     cache = PagedKvCache(64, 16, 32, k_tokens_inner=True, v_tokens_inner=True)
-    key = ChunkedPrefillRequest(kv_cache=cache, chunk=CHUNK, mask=cutlass_fa.SlidingCausal(64), softcap=10.0, **HEADS).dispatch_key()
+    mask = cutlass_fa.SlidingCausal(64)
+    key = ChunkedPrefillRequest(kv_cache=cache, chunk=CHUNK, mask=mask, softcap=10.0, num_splits=1, **HEADS).dispatch_key()
     assert str(key) == "fa3_fwd_sm90a_bf16_hdim128_causal_varlen_window_paged_kinner_vinner_softcap_gqa4"
 
 
 def test_a_chunk_is_planned_with_every_kernel_of_its_call() -> None:
-    request = ChunkedPrefillRequest(kv_cache=CACHE, chunk=CHUNK, **HEADS)
+    assert [key.split for key in keys_of(ChunkedPrefillRequest(kv_cache=CACHE, chunk=CHUNK, **HEADS))] == [True]  # few tiles: one launch
+    request = ChunkedPrefillRequest(kv_cache=CACHE, chunk=CHUNK, num_splits=1, **HEADS)
     keys = keys_of(request)
     assert keys == request.dispatch_keys() and [key.direction for key in keys] == ["sequence_tiles", "fwd"]
     with no_compile():

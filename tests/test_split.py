@@ -20,7 +20,9 @@ from cutlass_fa.kv_cache import ContiguousKvCache, PagedKvCache
 from cutlass_fa.launches.fa3_fwd import grid_of, pack_params
 from cutlass_fa.launches.split import PartsWorkspace, blocks_at_most
 from cutlass_fa.problem import Problem
-from cutlass_fa.requests import Causal, CumulativeSeqlens, Fa3FwdRequest, FwdRequest, Grid, PagedAttentionRequest, Persistent, SlidingCausal
+from cutlass_fa.request_parts import Causal, CumulativeSeqlens, Grid, Persistent, SlidingCausal
+from cutlass_fa.requests import Fa3FwdRequest, FwdRequest
+from cutlass_fa.requests_cache import PagedAttentionRequest
 from cutlass_fa.tile_counters import RESERVED, RING, TileCounters
 
 H100 = DeviceInfo("sm_90a", num_sms=132, l2_bytes=50 << 20, name="H100")
