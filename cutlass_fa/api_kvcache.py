@@ -21,7 +21,6 @@ from .problem_append import APPEND_NAMES, AppendProblem, check_tables
 from .request_parts import CumulativeSeqlens, PositionBias
 from .requests import VarlenFwdRequest
 
-
 _NUMBERS = (int, np.integer)
 
 
