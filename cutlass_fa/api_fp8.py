@@ -30,6 +30,8 @@ NO_FP8 = Fp8Arguments()
 
 def fp8_arguments(accumulate: str | None, descales: tuple[Any, Any, Any], out_dtype: Any, dtype: Any, v_dtype: Any) -> Fp8Arguments:
     """The arguments of a call. descales: a number, an array or None for each of q, k and v. Raises InvalidArgument, naming the argument."""
+    if accumulate is dtype is v_dtype is out_dtype is descales[0] is descales[1] is descales[2] is None:
+        return NO_FP8  # nearly every call, which should not pay for what follows
     out_name = None if out_dtype is None else dtype_name(out_dtype)
     silent = accumulate is None and dtype is None and v_dtype is None and out_name in (None, "float32")
     if silent and all(factor is None for factor in descales):

@@ -21,6 +21,8 @@ from .problem_append import APPEND_NAMES, AppendProblem, check_tables
 from .request_parts import CumulativeSeqlens, PositionBias
 from .requests import VarlenFwdRequest
 
+_NUMBERS = (int, np.integer)
+
 
 def flash_attn_with_kvcache(
     q: Any,
@@ -95,7 +97,7 @@ def flash_attn_with_kvcache(
     EmptyPagedCache, InvalidPagedBlockSize, PagedHeadDimMismatch for bad input, UnsupportedCell for a combination without a kernel, MockMode
     where there is no GPU, CompileError, CompileDisabled.
     """
-    is_number = isinstance(cache_seqlens, int | np.integer)
+    is_number = isinstance(cache_seqlens, _NUMBERS)
     num_cached = int(cache_seqlens) if is_number else 0
     lengths = None if is_number else cache_seqlens
     of_rows = (q, k_cache, v_cache, k, v, rotary_cos, rotary_sin)
@@ -116,8 +118,7 @@ def flash_attn_with_kvcache(
         problem = _problem(library, arrays, turns, "sm_90a")
         named = dict(zip(APPEND_NAMES, arrays, strict=True))
         check_cache_numbers(library, problem, named, num_cached if is_number else None, max_seqlen_q)
-    of_new_rows = (k, v, cu_seqlens_k_new, rotary_cos, rotary_sin, rotary_seqlens)
-    if is_number or any([array is not None for array in of_new_rows]):
+    if is_number or not (k is v is cu_seqlens_k_new is rotary_cos is rotary_sin is rotary_seqlens is None):
         q, lengths, before = prepare_append(library, append_plan(library, arrays, turns), arrays, num_cached)
     caches, tables = (k_cache, v_cache), (lengths, block_table, cache_batch_idx, cache_leftpad, cu_seqlens_q)
     return paged_forward(q, caches, tables, options, extras, out, return_softmax_lse, before)

@@ -25,6 +25,7 @@ from tests.covering import covering
 _MAX_LINES = 485  # of a translation unit with one feature
 _MORE_LINES = 25  # for each further one, of which 8-bit numbers are one
 _SHORT_BLOCK_LINES = 75  # sink tokens in a Hopper forward have a step of their own
+_PAGES_LINES = 15  # of a Hopper forward, whose pages two warps load
 _TWO_LAYOUTS_LINES = 15  # K and V of a cache are loaded in two ways
 
 
@@ -33,8 +34,9 @@ def line_limit(key: DispatchKey) -> int:
     is_fp8 = key.dtype in FP8_DTYPES
     features = sum(bool(getattr(key, field)) for field, _ in FLAG_WORDS) + is_fp8
     has_short_block = key.sink and (key.family, key.direction) == ("fa3", "fwd") and not is_fp8
+    has_pages = key.paged and key.family == "fa3"
     has_two_layouts = key.k_tokens_inner != key.v_tokens_inner
-    more = _SHORT_BLOCK_LINES * has_short_block + _TWO_LAYOUTS_LINES * has_two_layouts
+    more = _SHORT_BLOCK_LINES * has_short_block + _TWO_LAYOUTS_LINES * has_two_layouts + _PAGES_LINES * has_pages
     return _MAX_LINES + _MORE_LINES * max(features - 1, 0) + more
 
 

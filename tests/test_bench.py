@@ -400,8 +400,8 @@ def test_a_run_from_end_to_end(
     assert bench.main([*family, *options, str(output)]) == status
     (run,) = load_runs(output)
     assert (run.commit, run.device) == ("abc", "NVIDIA H200") and "--head-dims 128" in run.command
-    assert [row.peer for row in run.rows] == ["cutlass_fa", "ceiling", *["cutlass_fa", "fa2"] * 2]
-    assert [row.extra for row in run.rows[2:4]] == [extra, ""]
+    assert [row.peer for row in run.rows] == ["cutlass_fa", "cutlass_fa", "ceiling", *["cutlass_fa", "fa2"] * 2]
+    assert [row.extra for row in run.rows[3:5]] == [extra, ""]
     told = capsys.readouterr()
     assert "cudnn cannot do Point(dtype='bf16', head_dim=128, seqlen=1024" in told.err and "no such kernel" in told.err
     assert "fa2" in told.out and "ceiling copy 2GiB d2d" in told.out and "appended to" in told.out

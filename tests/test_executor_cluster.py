@@ -102,8 +102,8 @@ RING_FAULTS: dict[str, tuple[dict[str, object], str]] = {
     ),
     "too many bytes expected": (
         {"kExpected": "3 * kHalfBytes"},
-        r"deadlock: no thread of CTA 0 \(rank 0 of its cluster\) or CTA 1 \(rank 1 of its cluster\) can run(?s:.*)"
-        r"CTA 1 \(rank 1 of its cluster\):(?s:.*)threads 32-95 wait in mbarrier wait .* of CTA rank 1, parity 0; .* 512 bytes missing",
+        r"deadlock: no thread of CTA \d \(rank 0 of its cluster\) or CTA \d \(rank 1 of its cluster\) can run(?s:.*)"
+        r"CTA \d \(rank 1 of its cluster\):(?s:.*)threads 32-95 wait in mbarrier wait .* of CTA rank 1, parity 0; .* 512 bytes missing",
     ),
     "copies to the own CTA only": ({"kOwnOnly": "true"}, r"deadlock: (?s:.*) 512 bytes missing"),
     "copies to a CTA that is not there": ({"kMask": "5"}, r"to the CTAs of mask 0x5: the cluster has 2"),

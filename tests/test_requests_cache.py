@@ -62,6 +62,7 @@ def test_a_cache_with_tokens_innermost_has_kernels_of_its_own() -> None:
 
 
 def test_a_chunk_is_planned_with_every_kernel_of_its_call() -> None:
+    assert [key.split for key in keys_of(ChunkedPrefillRequest(kv_cache=CACHE, chunk=CHUNK, **HEADS))] == [True]  # few tiles: one launch
     request = ChunkedPrefillRequest(kv_cache=CACHE, chunk=CHUNK, num_splits=1, **HEADS)
     keys = keys_of(request)
     assert keys == request.dispatch_keys() and [key.direction for key in keys] == ["sequence_tiles", "fwd"]

@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout
 from cutlass_fa.dispatch import FAMILIES
 from cutlass_fa.errors import MockMode
 from cutlass_fa.requests_fp8 import ACCUMULATES
+from tools.bench_cache import CachePoint
 from tools.bench_cases import CASES, case_points
 from tools.bench_device import ArrayDevice, Call, Prepare, current_devices
 from tools.bench_inputs import Inputs
@@ -49,6 +50,7 @@ LEAD_MS = 100.0  # much longer than the window over which a GPU averages its pow
 # Between two implementations on standard normal inputs: some roundings of a 16-bit result, no more. Gradients reach larger numbers.
 DISAGREEMENT = {"fwd": 0.05, "bwd": 0.2}
 
+HOST_DECODE = CachePoint("bf16", 128, 1, True, 4, seqlen_k=256, sequences=4, page=16)
 DISAGREES = "disagrees"  # the mark of a row whose result is not the peers'
 
 
@@ -123,12 +125,16 @@ def measure_point(device: ArrayDevice, peers: dict[str, Prepare], point: Point, 
 
 
 def measure_host(devices: Sequence[ArrayDevice]) -> Iterator[Row]:
-    """Host time of a small call whose kernel is cached: batch 1, seqlen 64, 16 heads, head_dim 128, bf16."""
+    """Host time of small calls whose kernels are cached: batch 1, seqlen 64, 16 heads, head_dim 128, bf16; and one token after the paged
+    keys of four sequences."""
     for device in devices:
         inputs = Inputs(*(device.normal((1, 64, 16, 128), "bf16") for _ in range(3)))
         for peer, extra, call in device.host_calls(inputs):
             microseconds = host_microseconds(call, device.synchronize)
             yield Row(peer, "host", "bf16", 128, 1, 16, 16, 64, 0, extra, round(microseconds / 1e3, 5))
+        decode = device.own_call(device.inputs(HOST_DECODE))
+        microseconds = host_microseconds(decode, device.synchronize)
+        yield Row(OWN_PEER, "host", "bf16", 128, 4, 32, 8, 1, 1, f"{device.library} decode", round(microseconds / 1e3, 5))
 
 
 def host_microseconds(call: Call, synchronize: Call, batches: int = 60, count: int = 50) -> float:
