@@ -59,13 +59,7 @@ class TensorMapGeometry:
         is the row of the array where the sequence ends; `wrap`, always SEQUENCE_EDGE, takes SEQUENCE_EDGE rows off the address, because
         2^30 times its stride of 2^34 bytes less a row is a multiple of 2^64 less as many rows (the trick is Triton's: ragged_tma.py).
         """
-        _, total, heads, head_dim = spec.shape
-        _, by_row, by_head, _ = spec.strides
-        element_bytes = ELEMENT_BYTES[spec.dtype]
-        by_row = by_row if total > 1 else 16 // element_bytes
-        extents = (head_dim, SEQUENCE_EDGE, heads, 2 * SEQUENCE_EDGE, 2 * SEQUENCE_EDGE)
-        strides = (by_row, by_head, by_row, (1 << 34) // element_bytes - by_row)
-        return cls._legal(extents, strides, (columns, rows, 1, 1, 1), spec.dtype)
+        return cls.of_pages(spec, rows, columns)  # of one page, whose unit is a row
 
     @classmethod
     def of_pages(cls, spec: ArraySpec, rows: int, columns: int) -> TensorMapGeometry:
