@@ -30,12 +30,9 @@ NO_FP8 = Fp8Arguments()
 
 def fp8_arguments(accumulate: str | None, descales: tuple[Any, Any, Any], out_dtype: Any, dtype: Any, v_dtype: Any) -> Fp8Arguments:
     """The arguments of a call. descales: a number, an array or None for each of q, k and v. Raises InvalidArgument, naming the argument."""
-    if accumulate is dtype is v_dtype is out_dtype is descales[0] is descales[1] is descales[2] is None:
-        return NO_FP8  # nearly every call, which should not pay for what follows
     out_name = None if out_dtype is None else dtype_name(out_dtype)
-    silent = accumulate is None and dtype is None and v_dtype is None and out_name in (None, "float32")
-    if silent and all(factor is None for factor in descales):
-        return NO_FP8
+    if out_name in (None, "float32") and accumulate is dtype is v_dtype is descales[0] is descales[1] is descales[2] is None:
+        return NO_FP8  # nearly every call, which should not pay for what follows
     given: dict[str, Any] = {} if accumulate is None else {"accumulate": accumulate}
     if out_name not in (None, "float32"):
         if out_name not in OUT_DTYPES:
