@@ -168,7 +168,7 @@ OPTION_NAMES = (
     *("max_seqlen_q", "max_seqlen_k", "cached", "num_splits", "fp8", "bits"),
 )
 
-_NAMES = ("q", "k", "v", "out")
+_NAMES = ("q", "k", "v", "out", *EXTRA_NAMES)
 _Plan = TypeVar("_Plan")
 _plans: dict[tuple[Any, ...], ForwardPlan] = {}
 _MAX_PLANS = 4096
@@ -181,20 +181,20 @@ def plan_of(
     names: tuple[str, ...],
     arrays: tuple[Any, ...],
     options: _Options,
-    extras: tuple[Any, ...],
+    extras: tuple[Any, ...] = (),
 ) -> _Plan:
     """The launch plan of a call, made at the first call of its kind and found in `plans` by shapes, strides, dtypes and options afterwards.
 
-    names: of `arrays`, which may be None but for the first. extras: arrays or None, in the order of EXTRA_NAMES."""
+    names: of `arrays` and then of `extras`, which may be None but for the first."""
     given = (*arrays, *extras)
     try:
         kind = (library.signatures(given), options)
     except AttributeError:
-        check_one_library((*names, *EXTRA_NAMES), given)
+        check_one_library(names, given)
         raise
     plan = plans.get(kind)
     if plan is None:
-        check_one_library((*names, *EXTRA_NAMES), given)
+        check_one_library(names, given)
         plan = make(library, arrays, options, extras)
         if len(plans) >= _MAX_PLANS:
             plans.clear()
@@ -278,7 +278,7 @@ def _reference(
     from .reference import attention_forward
 
     library = reference_library(q)
-    check_one_library((*_NAMES, *EXTRA_NAMES), (q, k, v, out, *extras))
+    check_one_library(_NAMES, (q, k, v, out, *extras))
     problem = _problem(library, (q, k, v, out), options, extras, "sm_90a")  # refuses what the kernels refuse
     named: dict[str, Any] = dict(zip(OPTION_NAMES, options, strict=True))
     dtype = "float32" if named["float_out"] else numpy_dtype(problem.out.dtype)

@@ -96,8 +96,7 @@ def flash_attn_backward(
 def backward(
     arrays: tuple[Any, ...], options: _Options, extras: tuple[Any, ...], random_state: tuple[int, int], backend: str
 ) -> tuple[Any, ...]:
-    """A backward call, whatever its arrays look like. arrays: in the order of _NAMES; options: in that of _OPTION_NAMES; extras: in that of
-    EXTRA_NAMES."""
+    """A backward call, whatever its arrays look like. arrays, then extras: in the order of _NAMES; options: in that of _OPTION_NAMES."""
     q, k, v, out, dout, lse, dlse, *gradients, dlearnable_sink = arrays
     if options[7]:  # dropout_p
         check_random_state(random_state)
@@ -123,7 +122,7 @@ def backward(
         dlearnable_sink = library.empty(problem.dlearnable_sink.shape, "f32", device)
     workspace = library.empty((plan.workspace.floats,), "f32", device)
     library.retain((workspace, out, lse) if problem.request.recompute else (workspace,), stream)
-    named = dict(zip((*_NAMES, *EXTRA_NAMES), (q, k, v, out, dout, lse, dlse, dq, dk, dv, dlearnable_sink, *extras), strict=True))
+    named = dict(zip(_NAMES, (q, k, v, out, dout, lse, dlse, dq, dk, dv, dlearnable_sink, *extras), strict=True))
     given = {name: array for name, array in named.items() if array is not None}
     start, *found = library.pointers([workspace, *given.values()])
     addresses = dict.fromkeys(named, 0) | dict(zip(given, found, strict=True))
@@ -136,7 +135,7 @@ _plans: dict[tuple[Any, ...], Fa2BwdPlan] = {}
 
 
 # Arrays of a call, those that any call may bring apart, in the order of this module's tuples; from out on, all but dout may be None.
-_NAMES = ("q", "k", "v", "out", "dout", "lse", "dlse", "dq", "dk", "dv", "dlearnable_sink")
+_NAMES = ("q", "k", "v", "out", "dout", "lse", "dlse", "dq", "dk", "dv", "dlearnable_sink", *EXTRA_NAMES)
 
 
 def _make_plan(library: ArrayLibrary, arrays: tuple[Any, ...], options: _Options, extras: tuple[Any, ...]) -> Fa2BwdPlan:

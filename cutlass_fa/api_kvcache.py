@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from . import kernels
-from .api import BACKENDS, OPTION_NAMES, forward, is_float32, mask_of, mask_options, reference_library
+from .api import BACKENDS, OPTION_NAMES, forward, is_float32, mask_of, mask_options, plan_of, reference_library
 from .arrays import ArrayLibrary, check_one_library, library_of, not_on_gpu
 from .check_kvcache import check_cache_numbers
 from .device import check_current_device, device_info
@@ -152,29 +152,15 @@ def paged_forward(
 # ---- before attention ----------------------------------------------------------------------------------------------------------------
 
 _plans: dict[tuple[Any, ...], AppendPlan] = {}
-_MAX_PLANS = 4096
 
 
 def append_plan(library: ArrayLibrary, arrays: tuple[Any, ...], turns: tuple[bool, bool]) -> AppendPlan:
-    """The launch plan of what comes before attention, made at the first call of its kind and found by what the arrays look like afterwards.
-
-    arrays: in the order of APPEND_NAMES, None where there is none. turns: rotary_interleaved, successive_queries."""
-    try:
-        kind = (library.signatures(arrays), turns)
-    except AttributeError:
-        check_one_library(APPEND_NAMES, arrays)
-        raise
-    plan = _plans.get(kind)
-    if plan is None:
-        check_one_library(APPEND_NAMES, arrays)
-        plan = _make_plan(library, arrays, turns)
-        if len(_plans) >= _MAX_PLANS:
-            _plans.clear()
-        _plans[kind] = plan
-    return plan
+    """The launch plan of what comes before attention. arrays: in the order of APPEND_NAMES, None where there is none. turns:
+    rotary_interleaved, successive_queries."""
+    return plan_of(_plans, _make_plan, library, APPEND_NAMES, arrays, turns)
 
 
-def _make_plan(library: ArrayLibrary, arrays: tuple[Any, ...], turns: tuple[bool, bool]) -> AppendPlan:
+def _make_plan(library: ArrayLibrary, arrays: tuple[Any, ...], turns: tuple[bool, bool], _extras: tuple[Any, ...]) -> AppendPlan:
     device = library.spec(arrays[0]).device
     # Shapes are checked for CPU arrays too, as for a Hopper GPU, before their place in memory is refused.
     problem = _problem(library, arrays, turns, device_info(device).arch if device >= 0 else "sm_90a")
